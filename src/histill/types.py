@@ -1,0 +1,71 @@
+"""The three contracts that everything in Histill is built on.
+
+A **network** maps images to named tensors, a **teacher** maps a batch to named tensors, an **objective** maps
+both to weighted losses. Each is a plain function or module; nothing is registered and nothing is inherited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Network", "Objective", "Outputs", "Teacher", "Terms"]
+
+
+class Outputs(dict[str, Tensor]):
+    """What a network or a teacher says of a batch: named tensors, always with ``"logits"``.
+
+    ``logits`` is ``(B, C)`` for classification and ``(B, C, H, W)`` for segmentation. A name that is not there
+    raises `KeyError` with the names that are, so that a typo in an objective is found on the first batch.
+    """
+
+    def __missing__(self, name: str) -> Tensor:
+        raise KeyError(f"no output named {name!r}; this network gives: {', '.join(sorted(self))}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One view each of ``B`` images.
+
+    Attributes:
+        images: ``(B, 3, H, W)`` RGB in [0, 1]; every network normalises for itself.
+        labels: ``(B,)`` class numbers, -1 for an unlabelled image.
+        ids: ``(B,)`` row numbers of the images in their table.
+        views: ``(B,)`` view numbers; view 0 of evaluation is the image itself.
+        render: the same views at another size, ``size -> (B, 3, size, size)``, for a teacher that looks closer.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    views: Tensor
+    render: Callable[[int], Tensor] = field(repr=False)
+
+    def at(self, size: int | None) -> Tensor:
+        """The images at ``size`` pixels (the batch's own where it is None)."""
+        return self.images if size is None or size == self.images.shape[-1] else self.render(size)
+
+
+class Network(Protocol):
+    """``(B, 3, H, W)`` in [0, 1] -> `Outputs`; a `torch.nn.Module` in practice."""
+
+    def __call__(self, images: Tensor) -> Outputs: ...
+
+
+Teacher: TypeAlias = Callable[[Batch], Outputs]
+"""A frozen source of outputs: a network, an ensemble, a cache in front of either."""
+
+Terms: TypeAlias = Mapping[str, tuple[float, Tensor]]
+"""The terms of a loss by name, each ``(weight, raw scalar)``; the loss is the weighted sum."""
+
+Objective: TypeAlias = Callable[[Outputs, Outputs, Batch], Terms]
+"""``(student, teacher, batch) -> terms``; the teacher's outputs are empty where there is no teacher."""
+
+
+def total(terms: Terms) -> Tensor:
+    """The weighted sum of the terms."""
+    return torch.stack([weight * loss for weight, loss in terms.values()]).sum()
