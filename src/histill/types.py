@@ -7,8 +7,7 @@ both to weighted losses. Each is a plain function or module; nothing is register
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ class Outputs(dict[str, Tensor]):
         raise KeyError(f"no output named {name!r}; this network gives: {', '.join(sorted(self))}")
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """One view each of ``B`` images.
 
     Attributes:
@@ -43,7 +41,7 @@ class Batch:
     labels: Tensor
     ids: Tensor
     views: Tensor
-    render: Callable[[int], Tensor] = field(repr=False)
+    render: Callable[[int], Tensor]
 
     def at(self, size: int | None) -> Tensor:
         """The images at ``size`` pixels (the batch's own where it is None)."""

@@ -1,0 +1,59 @@
+"""Networks: each maps images ``(B, 3, H, W)`` in [0, 1] to `Outputs` and names its own features."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from histill.models.adapter import Timm
+    from histill.models.csat import CSAT, SAT, ResNet18SAT
+    from histill.models.dsnet import DSNet
+    from histill.models.keras import KerasHead
+    from histill.models.mac_resnet import MACResNet, attention_crop
+    from histill.models.multi_exit import MultiExitResNet18
+    from histill.models.regressors import Regressors
+    from histill.models.stardist import StarDist
+    from histill.models.unet import UNet, UNetDecoder
+    from histill.models.weights import load_weights
+
+__all__ = [
+    "CSAT",
+    "SAT",
+    "DSNet",
+    "KerasHead",
+    "MACResNet",
+    "MultiExitResNet18",
+    "Regressors",
+    "ResNet18SAT",
+    "StarDist",
+    "Timm",
+    "UNet",
+    "UNetDecoder",
+    "attention_crop",
+    "load_weights",
+]
+
+# timm and torchvision take seconds to import, and most networks need neither.
+_HOMES = {
+    "CSAT": "csat",
+    "SAT": "csat",
+    "DSNet": "dsnet",
+    "KerasHead": "keras",
+    "MACResNet": "mac_resnet",
+    "MultiExitResNet18": "multi_exit",
+    "Regressors": "regressors",
+    "ResNet18SAT": "csat",
+    "StarDist": "stardist",
+    "Timm": "adapter",
+    "UNet": "unet",
+    "UNetDecoder": "unet",
+    "attention_crop": "mac_resnet",
+    "load_weights": "weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"histill.models.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,14 @@
+"""One file per paper: its recipes (keyword arguments in, `Experiment` out) and its study."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = ["dsnet"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return importlib.import_module(f"histill.recipes.{name}")
+    raise AttributeError(f"module 'histill.recipes' has no attribute {name!r}")

@@ -1,0 +1,85 @@
+"""Runs side by side: figures with intervals, and paired differences from the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from histill.errors import BadInput
+from histill.evaluate.finish import scores
+from histill.evaluate.intervals import figures_with_intervals, paired_gain
+from histill.evaluate.report import difference, share
+from histill.run import Run
+
+__all__ = ["Comparison", "compare"]
+
+_SHOWN = ("accuracy", "balanced_accuracy", "auroc", "ece")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; prints as a table.
+
+    Attributes:
+        summary: ``{"split", "runs": {name: {metric: figure}}, "gain": {name: {metric: figure, "mcnemar_p"}}}``; a gain
+            is a run minus the first one, on the same images.
+    """
+
+    summary: dict[str, Any]
+
+    def __str__(self) -> str:
+        runs, gains = self.summary["runs"], self.summary["gain"]
+        width = max(len(name) for name in runs) + 2
+        lines = [f"{'':{width}}" + "".join(f"{name.replace('_', ' '):28}" for name in _SHOWN)]
+        lines += [f"{name:{width}}" + "".join(f"{share(r[m]):28}" for m in _SHOWN) for name, r in runs.items()]
+        first = next(iter(runs))
+        for name, gain in gains.items():
+            lines.append(f"\n{name} minus {first}, paired: McNemar p = {gain['mcnemar_p']:.3g}")
+            lines += [f"  {metric.replace('_', ' '):20}{difference(gain[metric])}" for metric in _SHOWN]
+        if len(gains) > 1:
+            lines.append(f"\n{len(gains)} comparisons: the intervals and p values are not corrected for their number")
+        return "\n".join(lines)
+
+
+def compare(*runs: Run | str | Path, split: str = "test", names: Sequence[str] | None = None) -> Comparison:
+    """Compare runs on the same images; the first is what the others are compared with.
+
+    Args:
+        runs: runs or their folders, two or more.
+        split: the split that is compared.
+        names: what the runs are called (default: their folders' names).
+
+    Raises:
+        BadInput: fewer than two runs, other classes, or other images.
+    """
+    opened = [run if isinstance(run, Run) else Run.open(run) for run in runs]
+    if len(opened) < 2:
+        raise BadInput("compare needs two runs or more")
+    first = opened[0]
+    for run in opened:
+        if run.classes != first.classes:
+            raise BadInput(f"{run.path} has other classes than {first.path}")
+        if not run.finished:
+            raise BadInput(f"{run.path} is not finished; go on with --resume")
+    tables = [run.predictions for run in opened]
+    images = [t["image"][t["split"] == split].tolist() for t in tables]
+    for run, listed in zip(opened, images):
+        if sorted(listed) != sorted(images[0]):
+            raise BadInput(f"{run.path} and {first.path} were not judged on the same {split} images; same data, same split")
+    tables = [t.set_index("image", drop=False).loc[images[0]] for t in tables]
+    found = [scores(t, first.classes, positive=first.info["positive"]) for t in tables]
+    called = list(names) if names else _distinct([run.path for run in opened])
+    return Comparison(
+        {
+            "split": split,
+            "runs": {name: figures_with_intervals(s) for name, s in zip(called, found)},
+            "gain": {name: paired_gain(found[0], s) for name, s in zip(called[1:], found[1:])},
+        }
+    )
+
+
+def _distinct(paths: list[Path]) -> list[str]:
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]

@@ -1,0 +1,294 @@
+"""A folder of class folders or a manifest -> one table of images."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from histill.data.decode import EXTENSIONS
+from histill.errors import BadInput
+from histill.files import atomic, digest, file_digest
+from histill.progress import progress
+
+__all__ = ["SPLITS", "UNLABELLED", "Images", "few", "read_images", "read_unlabelled"]
+
+SPLITS = ("train", "val", "test")
+UNLABELLED = ""
+"""The label of an image that has none."""
+
+COLUMNS = ("path", "label", "patient", "split", "mask", "site", "content")
+_SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """A table of images.
+
+    Attributes:
+        frame: a row per image: ``path`` (relative to ``root``), ``label``, ``patient``, ``split``, ``mask``, ``site``
+            (empty where unknown) and ``content``, the SHA-256 of the file.
+        root: the folder that the paths are relative to.
+        classes: the class names; a class number is a place in it.
+        notices: what was noticed while reading, one line each.
+    """
+
+    frame: pd.DataFrame
+    root: Path
+    classes: tuple[str, ...]
+    notices: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @property
+    def has_patients(self) -> bool:
+        """Whether the patients are known."""
+        return bool((self.frame["patient"] != "").any())
+
+    @property
+    def units(self) -> pd.Series[str]:
+        """What must not be divided: the patient, or the image's content where no patient is known."""
+        return self.frame["patient"].where(self.frame["patient"] != "", self.frame["content"])
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of contents, labels and patients: the data set, wherever it lies."""
+        return digest(
+            [
+                self.classes,
+                *self.frame[["content", "label", "patient"]].sort_values("content").values.tolist(),
+            ]
+        )
+
+    @property
+    def split_hash(self) -> str:
+        """SHA-256 of which content is in which split."""
+        return digest(sorted(self.frame[["content", "split"]].values.tolist()))
+
+    def paths(self) -> list[Path]:
+        """The absolute paths, in order."""
+        return [self.root / path for path in self.frame["path"]]
+
+    def rows(self, split: str) -> list[int]:
+        """The row numbers of a split."""
+        return [int(i) for i in (self.frame["split"] == split).to_numpy().nonzero()[0]]
+
+    def with_frame(self, frame: pd.DataFrame, *notices: str) -> Images:
+        """The same images with another frame, and more notices."""
+        return replace(self, frame=frame.reset_index(drop=True), notices=(*self.notices, *notices))
+
+    def save(self, path: Path) -> None:
+        """Write the table as a manifest beside its root (`Images.load` reads it)."""
+        with atomic(path) as temporary:
+            header = f"# root: {self.root.resolve()}\n# classes: {chr(9).join(self.classes)}\n"
+            temporary.write_text(header + self.frame.to_csv(index=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Images:
+        """Read what `save` wrote."""
+        with Path(path).open(encoding="utf-8") as file:
+            root, classes = (file.readline().rstrip("\n").split(": ", 1)[1] for _ in range(2))
+            frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+        return cls(frame, Path(root), tuple(classes.split("\t")))
+
+
+def few(names: Iterable[object], most: int = 5) -> str:
+    """``a, b, c and 4 more``."""
+    listed = [str(name) for name in names]
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def read_images(source: str | Path, *, patient: str | None = None) -> Images:
+    """Read a folder of class folders (optionally under ``train/ val/ test/``) or a CSV manifest.
+
+    Args:
+        source: the folder, or a CSV file with ``path,label`` and optional ``patient,split,mask,site``; its paths are
+            relative to it and stay inside its folder.
+        patient: a regular expression that reads the patient off an image's relative path: its first group, or all of it.
+
+    Raises:
+        BadInput: nothing there, an empty class, one class only, a manifest that is malformed, a path that is missing
+            or leaves the folder, one image with two labels.
+    """
+    source = Path(source)
+    if source.is_dir():
+        frame = _from_folder(source)
+        root = source
+    elif source.is_file():
+        frame = _from_manifest(source)
+        root = source.parent
+    else:
+        raise BadInput(f"--data {source}: no such folder or manifest")
+    if patient is not None:
+        frame["patient"] = _patients(frame["path"], patient)
+    notices = []
+    if repeated := sorted(frame["path"][frame["path"].duplicated()].unique()):
+        frame = frame.drop_duplicates(["path", "label", "split"]).reset_index(drop=True)
+        if again := sorted(frame["path"][frame["path"].duplicated()].unique()):
+            raise BadInput(f"{source}: {len(again)} images are listed with two labels or splits: {few(again)}")
+        notices.append(f"{len(repeated)} images are listed more than once, kept once: {few(repeated)}")
+    frame["content"] = _contents([root / path for path in frame["path"]])
+    _check_labels(frame, source)
+    copies = frame[frame.duplicated(["content", "split"], keep=False)]
+    if len(copies):
+        notices.append(f"{len(copies)} files are copies of one another within a split: {few(copies['path'])}")
+    classes = tuple(sorted(frame["label"].unique()))
+    if len(classes) < 2:
+        raise BadInput(f"{source}: one class only ({few(classes)}); a classifier needs two or more")
+    images = Images(frame[list(COLUMNS)].reset_index(drop=True), root, classes, tuple(notices))
+    check_leaks(images)
+    return images
+
+
+def read_unlabelled(folder: str | Path) -> Images:
+    """Every image below ``folder``, without labels.
+
+    Raises:
+        BadInput: no folder, or no image in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise BadInput(f"--unlabelled {root}: no such folder")
+    paths = _images_below(root)
+    if not paths:
+        raise BadInput(f"--unlabelled {root}: no images in it")
+    frame = _frame(path=[p.relative_to(root).as_posix() for p in paths], label=UNLABELLED, split="train")
+    frame["content"] = _contents(paths)
+    return Images(frame[list(COLUMNS)], root, ())
+
+
+def check_leaks(images: Images) -> None:
+    """Raise `BadInput` where a patient or an image is in two splits."""
+    placed = images.frame[images.frame["split"] != ""]
+    for column, what in (("patient", "patients"), ("content", "images")):
+        known = placed[placed[column] != ""]
+        splits = known.groupby(column)["split"].nunique()
+        if leaked := list(splits.index[splits > 1]):
+            names = leaked if column == "patient" else known["path"][known["content"].isin(leaked)]
+            raise BadInput(f"leak: {len(leaked)} {what} are in two splits: {few(names)}; keep each in one")
+
+
+def _frame(**columns: Sequence[str] | str) -> pd.DataFrame:
+    frame = pd.DataFrame(dict(columns))
+    for column in COLUMNS:
+        if column not in frame:
+            frame[column] = ""
+    return frame
+
+
+def _images_below(folder: Path) -> list[Path]:
+    found = (Path(base) / name for base, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(p for p in found if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _from_folder(folder: Path) -> pd.DataFrame:
+    top = _class_folders(folder)
+    if not top:
+        raise BadInput(f"--data {folder}: no class folders in it (one folder of images per class)")
+    split_folders = all(p.name.lower() in _SPLIT_NAMES for p in top)
+    groups = (
+        [(_SPLIT_NAMES[p.name.lower()], c) for p in top for c in _class_folders(p)]
+        if split_folders
+        else [("", p) for p in top]
+    )
+    rows: list[tuple[str, str, str]] = []
+    for split, class_folder in groups:
+        found = _images_below(class_folder)
+        if not found:
+            raise BadInput(
+                f"{class_folder}: empty class folder (no {', '.join(sorted(EXTENSIONS))} in it); fill it or remove it"
+            )
+        rows += [(p.relative_to(folder).as_posix(), class_folder.name, split) for p in found]
+    if not rows:
+        raise BadInput(f"--data {folder}: no class folders under {few(p.name for p in top)}")
+    return _frame(path=[r[0] for r in rows], label=[r[1] for r in rows], split=[r[2] for r in rows])
+
+
+def _from_manifest(file: Path) -> pd.DataFrame:
+    try:
+        frame = pd.read_csv(
+            file, dtype=str, keep_default_na=False, encoding="utf-8", comment=None, skipinitialspace=True
+        )
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
+        raise BadInput(f"{file}: not a CSV manifest ({str(error).strip()})") from None
+    frame.columns = [str(c).strip().lower() for c in frame.columns]
+    if missing := [c for c in ("path", "label") if c not in frame]:
+        raise BadInput(f"{file}: no column {few(missing)}; it has {few(frame.columns, 12)}")
+    if not len(frame):
+        raise BadInput(f"{file}: no rows")
+    if len(empty := frame.index[(frame["path"] == "") | (frame["label"] == "")]):
+        raise BadInput(f"{file}: empty path or label in row {few(empty + 2)}")
+    frame["path"] = [_inside(file, row + 2, path) for row, path in enumerate(frame["path"])]
+    if "split" in frame:
+        names = frame["split"].str.strip().str.lower()
+        unknown = sorted({n for n in names if n not in _SPLIT_NAMES})
+        if unknown:
+            raise BadInput(
+                f"{file}: unknown split {few(map(repr, unknown))}; use train, val or test, or drop the column"
+            )
+        frame["split"] = names.map(_SPLIT_NAMES)
+    return _frame(**{c: list(frame[c]) for c in COLUMNS if c in frame and c != "content"})
+
+
+def _inside(file: Path, row: int, path: str) -> str:
+    """The path relative to the manifest's folder, refused where it leaves it."""
+    if any(ord(c) < 32 for c in path) or "://" in path:
+        raise BadInput(f"{file}: row {row}: {path!r} is not a file's path")
+    root = os.path.abspath(file.parent)
+    whole = os.path.abspath(os.path.join(root, path))
+    if os.path.commonpath([root, whole]) != root or whole == root:
+        raise BadInput(f"{file}: row {row}: {path!r} lies outside {file.parent}; put the manifest above its images")
+    return os.path.relpath(whole, root).replace(os.sep, "/")
+
+
+def _patients(paths: pd.Series[str], pattern: str) -> list[str]:
+    try:
+        find = re.compile(pattern)
+    except re.error as error:
+        raise BadInput(f"--patient {pattern!r}: not a regular expression ({error})") from None
+    matches = [(path, find.search(path)) for path in paths]
+    if unmatched := [path for path, match in matches if match is None]:
+        raise BadInput(f"--patient {pattern!r} does not match {len(unmatched)} images: {few(unmatched)}")
+    return [match.group(1) if find.groups else match.group(0) for _, match in matches if match]
+
+
+def _contents(paths: list[Path]) -> list[str]:
+    if missing := [p for p in paths if not p.is_file()]:
+        raise BadInput(f"{len(missing)} images do not exist: {few(missing)}")
+    with progress("hashing", len(paths)) as bar, ThreadPoolExecutor() as pool:
+        contents = []
+        for content in pool.map(file_digest, paths):
+            contents.append(content)
+            bar.advance()
+    return contents
+
+
+def _check_labels(frame: pd.DataFrame, source: Path) -> None:
+    labels = frame.groupby("content")["label"].nunique()
+    if len(torn := labels.index[labels > 1]):
+        names = frame["path"][frame["content"].isin(torn)]
+        raise BadInput(f"{source}: {len(torn)} images have two labels: {few(names)}")
+    if (frame["split"] != "").any():
+        seen = set(frame["label"][frame["split"] == "train"])
+        if unseen := sorted(set(frame["label"]) - seen):
+            raise BadInput(f"{source}: labels that no training image has: {few(unseen)}")

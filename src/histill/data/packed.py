@@ -1,0 +1,176 @@
+"""Decode once: the images of a table as one memory-mapped array, so that the second epoch never opens a JPEG."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from histill.data.decode import decode, square
+from histill.data.images import Images, check_leaks, few
+from histill.data.views import NONE, Augment, render
+from histill.errors import BadInput, Failed
+from histill.files import cache_dir, digest, read_json, write_json
+from histill.progress import progress
+from histill.types import Batch
+
+__all__ = ["Packed", "pack"]
+
+_VERSION = 1
+_CHUNK = 256
+_SMALL = 16
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The readable images of a table and their pixels.
+
+    Attributes:
+        images: the table without what could not be read; a row number is an image's id.
+        pixels: ``(M, S, S, 3)`` uint8, memory-mapped: the page cache holds what fits, the disk the rest.
+        stored: ``(N,)`` where in ``pixels`` each image lies.
+        labels: ``(N,)`` class numbers, -1 for unlabelled.
+    """
+
+    images: Images
+    pixels: NDArray[np.uint8]
+    stored: NDArray[np.int64]
+    labels: Tensor
+
+    def batch(
+        self,
+        rows: NDArray[np.int64],
+        views: Tensor | None = None,
+        *,
+        size: int,
+        augment: Augment = NONE,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> Batch:
+        """One view each of the given rows (without ``views``: the images themselves)."""
+        ids = torch.from_numpy(rows)
+        views = torch.zeros_like(ids) if views is None else views
+        pixels = torch.from_numpy(self.pixels[self.stored[rows]]).to(device, non_blocking=True)
+
+        def at(size: int) -> Tensor:
+            return render(pixels, ids, views, size, augment=augment, seed=seed)
+
+        return Batch(at(size), self.labels[ids].to(device), ids, views, at)
+
+
+def pack(images: Images, size: int, *, strict: bool = False, folder: Path | None = None) -> Packed:
+    """Decode every image once to ``size`` x ``size`` pixels, or find that it was done before.
+
+    Args:
+        images: the table.
+        size: pixels of the stored pictures.
+        strict: an unreadable image is an error; otherwise it is left out with a notice.
+        folder: where packs are kept (default: the cache folder); keyed by content and size, so it may be shared.
+
+    Raises:
+        BadInput: no readable image left, one class or split lost, ``strict`` and an unreadable image, or one picture
+            in two splits (equal pixels in files that differ).
+        Failed: the disk is full.
+    """
+    key = digest([_VERSION, size, images.frame["content"].tolist()])[:24]
+    home = (folder or cache_dir("packed")) / key
+    if not (home / "index.json").exists():
+        _fill(images, size, home)
+    index = read_json(home / "index.json")
+    pixels = np.load(home / "pixels.npy", mmap_mode="r")
+    frame = images.frame.copy()
+    frame["content"] = index["pixels"]
+    bad = frame["content"] == ""
+    notices = _notices(images, index)
+    if bad.any() and strict:
+        raise BadInput(f"{int(bad.sum())} unreadable images: {few(_errors(images, index))} (--strict)")
+    readable = images.with_frame(frame[~bad], *notices)
+    _check_whole(images, readable)
+    check_leaks(readable)
+    numbers = {name: i for i, name in enumerate(images.classes)}
+    labels = torch.tensor([numbers.get(label, -1) for label in readable.frame["label"]])
+    return Packed(readable, pixels, (~bad).to_numpy().nonzero()[0], labels)
+
+
+def _fill(images: Images, size: int, home: Path) -> None:
+    """Write ``home`` under another name, then rename; of two processes that do so one wins and both have it."""
+    temporary = home.with_name(f".{home.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    paths = images.paths()
+    need, free = len(paths) * size * size * 3, shutil.disk_usage(temporary).free
+    try:
+        if need > free:
+            raise Failed(
+                f"packing {len(paths)} images takes {need / 1e9:.1f} GB, {home.parent} has {free / 1e9:.1f} GB"
+            )
+        index: dict[str, list[str]] = {"pixels": [], "error": [], "mode": [], "small": []}
+        shape = (len(paths), size, size, 3)
+        array = np.lib.format.open_memmap(temporary / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
+        with progress("decoding", len(paths)) as bar, ThreadPoolExecutor() as pool:
+            for start in range(0, len(paths), _CHUNK):
+                chunk = paths[start : start + _CHUNK]
+                for row, (pixels, entry) in enumerate(pool.map(lambda path: _decode(path, size), chunk), start):
+                    array[row] = pixels
+                    for name, value in entry.items():
+                        index[name].append(value)
+                bar.advance(len(chunk))
+        array.flush()
+        del array
+        write_json(temporary / "index.json", index)
+        try:
+            os.rename(temporary, home)
+        except OSError:
+            if not (home / "index.json").exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _decode(path: Path, size: int) -> tuple[NDArray[np.uint8], dict[str, str]]:
+    try:
+        picture, mode = decode(path)
+    except BadInput as error:
+        return np.zeros((size, size, 3), np.uint8), {
+            "pixels": "",
+            "error": str(error),
+            "mode": "",
+            "small": "",
+        }
+    small = f"{picture.width}x{picture.height}" if min(picture.size) < _SMALL else ""
+    content = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+    return square(picture, size), {"pixels": content, "error": "", "mode": mode, "small": small}
+
+
+def _errors(images: Images, index: dict[str, list[str]]) -> list[str]:
+    names = images.frame["path"]
+    return [f"{name} ({error.rsplit(': ', 1)[-1]})" for name, error in zip(names, index["error"]) if error]
+
+
+def _notices(images: Images, index: dict[str, list[str]]) -> list[str]:
+    lines = []
+    if errors := _errors(images, index):
+        lines.append(f"{len(errors)} unreadable images were left out: {few(errors)}")
+    for column, what in (
+        ("mode", "images of another mode were converted to RGB"),
+        ("small", "images are tiny"),
+    ):
+        if named := [f"{name} ({value})" for name, value in zip(images.frame["path"], index[column]) if value]:
+            lines.append(f"{len(named)} {what}: {few(named)}")
+    return lines
+
+
+def _check_whole(before: Images, after: Images) -> None:
+    if not len(after):
+        raise BadInput(f"{before.root}: none of {len(before)} images is readable")
+    for column, what in (("label", "class"), ("split", "split")):
+        if lost := sorted(set(before.frame[column]) - set(after.frame[column])):
+            raise BadInput(f"{before.root}: no readable image is left of {what} {few(lost)}")

@@ -1,0 +1,69 @@
+"""Patient-level, stratified, repeatable splits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from histill.data.images import SPLITS, Images, check_leaks, few
+from histill.errors import BadInput
+
+__all__ = ["split"]
+
+
+def split(data: Images, *, val: float = 0.15, test: float = 0.15, seed: int = 0) -> Images:
+    """Put every image into train, val or test, no patient into two, the classes in proportion.
+
+    Where patients are known they are divided, otherwise images (copies of one image stay together). A split that the
+    data brings is kept; what is missing of it is cut from the training part, so that the test part stays untouched.
+    Groups are dealt in random order, the largest first, each to the part that lacks most of its classes.
+
+    Args:
+        data: the images.
+        val: share of the images for validation (model selection, temperature, calibration of int8).
+        test: share for the test, used once.
+        seed: another seed is another repeat.
+
+    Raises:
+        BadInput: shares outside (0, 1), or a class with too few patients to be in every part.
+    """
+    if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
+        raise BadInput(f"val={val} and test={test}: shares must be at least 0 and together below 1")
+    frame = data.frame.copy()
+    given = set(frame["split"]) - {""}
+    if given and "train" not in given:
+        raise BadInput(f"the data brings {few(sorted(given))} but no train split")
+    shares = {"val": 0.0 if "val" in given else val, "test": 0.0 if "test" in given else test}
+    free = (frame["split"] == "train") if given else pd.Series(True, index=frame.index)
+    frame.loc[free, "split"] = _deal(frame[free], data.units[free], shares, seed)
+    parts = data.with_frame(frame)
+    check_leaks(parts)
+    wanted = {"train"} | {name for name in ("val", "test") if shares[name] > 0 or name in given}
+    for name in SPLITS:
+        if name in wanted and (absent := sorted(set(data.classes) - set(frame["label"][frame["split"] == name]))):
+            unit = "patients" if data.has_patients else "images"
+            if name == "train" or name not in given:
+                raise BadInput(
+                    f"no image of {few(absent)} in the {name} split: too few {unit}; bring more or give a split"
+                )
+    return parts
+
+
+def _deal(frame: pd.DataFrame, units: pd.Series[str], shares: dict[str, float], seed: int) -> list[str]:
+    """The split of each row."""
+    counts = pd.crosstab(units, frame["label"])
+    fractions = np.array([1 - sum(shares.values()), shares["val"], shares["test"]])
+    lacking = np.outer(fractions, counts.sum().to_numpy())
+    sizes = np.maximum(lacking, 1e-9)
+    values = counts.to_numpy()
+    order = np.random.default_rng(seed).permutation(len(counts))
+    order = order[np.argsort(-values[order].sum(1), kind="stable")]
+    chosen = {}
+    for group in order:
+        # The part that this group's classes lack most, relative to what it should hold of them.
+        need = ((lacking / sizes) * values[group]).sum(1)
+        need[fractions == 0] = -np.inf
+        part = int(np.argmax(need))
+        lacking[part] -= values[group]
+        chosen[counts.index[group]] = SPLITS[part]
+    return [chosen[unit] for unit in units]

@@ -1,0 +1,140 @@
+"""Views: augmentations that can be named again.
+
+``(seed, image, view)`` always gives the same pixels, whatever the batch, the process or the order. So teacher and
+student see the same picture, and what a teacher said of a view can be kept (`histill.teachers.Cached`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Augment", "render", "uniform"]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What a view may change; each strength is the half-width of a uniform draw, 0 leaves it alone.
+
+    Attributes:
+        hflip: mirror left and right in half of the views.
+        vflip: mirror top and bottom in half of the views.
+        rotate: degrees, -rotate to +rotate (180: any direction; the picture is mirrored beyond its border).
+        zoom: relative scale, drawn between 1/(1+zoom) and 1+zoom, evenly in its logarithm.
+        shift: share of the width and of the height.
+        brightness: factor 1 +- brightness on all values.
+        contrast: factor 1 +- contrast on the distance from the picture's mean.
+        saturation: factor 1 +- saturation on the distance from grey.
+        hue: factor 1 +- hue on each of R, G and B, as another stain or lamp would.
+    """
+
+    hflip: bool = True
+    vflip: bool = True
+    rotate: float = 0.0
+    zoom: float = 0.0
+    shift: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def key(self, seed: int) -> dict[str, float]:
+        """What a cache of these views is keyed by."""
+        return {"seed": seed, **asdict(self)}
+
+
+NONE = Augment(hflip=False, vflip=False)
+"""The image itself."""
+
+_DRAWS = 12
+
+
+def uniform(seed: int, ids: Tensor, views: Tensor, draws: int = _DRAWS) -> NDArray[np.float64]:
+    """``(B, draws)`` numbers in [0, 1), each a function of (seed, image, view, place) alone.
+
+    A counter-based generator: the 64-bit finaliser of SplitMix64 (Steele et al. 2014) over the four numbers, so a
+    batch needs no state and its composition does not matter.
+    """
+    with np.errstate(over="ignore"):
+        key = np.full(len(ids), seed, dtype=np.uint64)
+        for part in (ids.cpu().numpy(), views.cpu().numpy()):
+            key = _mix(key ^ _mix(part.astype(np.uint64) + _GOLDEN))
+        bits = _mix(key[:, None] + np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def render(pixels: Tensor, ids: Tensor, views: Tensor, size: int, *, augment: Augment, seed: int) -> Tensor:
+    """The views of a batch of images.
+
+    Args:
+        pixels: ``(B, S, S, 3)`` uint8, the packed images.
+        ids: ``(B,)`` image numbers.
+        views: ``(B,)`` view numbers.
+        size: height and width of what is wanted, in pixels.
+        augment: what a view may change.
+        seed: of all views.
+
+    Returns:
+        ``(B, 3, size, size)`` float32 in [0, 1], channels last in memory.
+    """
+    images = pixels.permute(0, 3, 1, 2).float().div(255)
+    u = torch.from_numpy(uniform(seed, ids, views)).to(images)
+    if augment.rotate or augment.zoom or augment.shift:
+        images = _move(images, u[:, :6], size, augment)
+    else:
+        if images.shape[-1] != size:
+            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        images = _flip(images, u, augment)
+    if augment.brightness or augment.contrast or augment.saturation or augment.hue:
+        images = _colour(images, u[:, 6:], augment)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _flip(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
+    for draw, dim, wanted in ((0, 3, augment.hflip), (1, 2, augment.vflip)):
+        if wanted:
+            images = torch.where((u[:, draw] < 0.5)[:, None, None, None], images.flip(dim), images)
+    return images
+
+
+def _move(images: Tensor, u: Tensor, size: int, augment: Augment) -> Tensor:
+    """Flip, rotate, zoom and shift in one resampling: the output's grid mapped into the picture."""
+    angle = (2 * u[:, 2] - 1) * math.radians(augment.rotate)
+    scale = torch.exp((2 * u[:, 3] - 1) * math.log1p(augment.zoom))
+    sx = torch.where(u[:, 0] < 0.5, -1.0, 1.0) if augment.hflip else torch.ones_like(angle)
+    sy = torch.where(u[:, 1] < 0.5, -1.0, 1.0) if augment.vflip else torch.ones_like(angle)
+    shift = (2 * u[:, 4:6] - 1) * 2 * augment.shift
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    rows = (
+        torch.stack([sx * cos, -sx * sin, shift[:, 0]], 1),
+        torch.stack([sy * sin, sy * cos, shift[:, 1]], 1),
+    )
+    grid = F.affine_grid(torch.stack(rows, 1), [len(images), 3, size, size], align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def _colour(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
+    factor = 1 + (2 * u - 1) * u.new_tensor(
+        [augment.brightness, augment.contrast, augment.saturation] + [augment.hue] * 3
+    )
+    brightness, contrast, saturation, *rgb = (f[:, None, None, None] for f in factor.T)
+    images = images * brightness * torch.cat(rgb, 1)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = mean + (images - mean) * contrast
+    grey = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    return (grey + (images - grey) * saturation).clamp(0, 1)

@@ -1,0 +1,229 @@
+"""A trained network as one file that runs without Histill, checked against the network itself."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from histill.deploy.predictor import Pixels, Predictor, TorchPredictor, one_line, open_model, write_card
+from histill.errors import BadInput, Failed, require
+from histill.files import atomic, write_json
+
+__all__ = ["OPSET", "check_parity", "to_onnx", "to_qupath", "to_torchscript"]
+
+OPSET = 18
+"""The ONNX operator set of every export: the oldest that the exporter writes, so the most runtimes read it."""
+
+
+class _Logits(nn.Module):
+    """A network that returns its logits alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)["logits"]
+        return logits
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back the exporters' warnings and log lines below errors."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _prepare(network: nn.Module, image_size: int, classes: Sequence[str]) -> tuple[_Logits, Tensor]:
+    """A copy of ``network`` for the CPU in eval mode that gives logits, and a batch to trace it with."""
+    wrapped = _Logits(copy.deepcopy(network).cpu().eval()).requires_grad_(False)
+    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    count = wrapped(images).shape[1]
+    if count != len(classes):
+        raise BadInput(f"the network has {count} classes, but {len(classes)} names were given")
+    return wrapped.eval(), images
+
+
+def to_onnx(
+    network: nn.Module,
+    path: str | Path,
+    *,
+    image_size: int,
+    classes: Sequence[str],
+    mpp: float | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write ``network`` as one ONNX file of opset `OPSET`.
+
+    Its input is ``images``, float32 ``(N, 3, image_size, image_size)`` RGB in [0, 1] for any ``N``, its output
+    ``logits`` ``(N, C)``. The same network gives the same bytes.
+
+    Args:
+        network: its ``"logits"`` are exported; it is left as it is.
+        path: the ``.onnx`` file.
+        image_size: pixels.
+        classes: names, in the order of the logits.
+        mpp: microns per pixel at which it was trained; None for plain images.
+        extra: more that the file says of itself, JSON-able.
+
+    Raises:
+        BadInput: the number of names is not that of the logits, or the extra ``deploy`` is missing.
+        Failed: the exporter cannot express the network.
+    """
+    require("onnx", "deploy"), require("onnxscript", "deploy")
+    wrapped, images = _prepare(network, image_size, classes)
+    with quiet():
+        try:
+            program = torch.onnx.export(
+                wrapped,
+                (images,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                verbose=False,
+            )
+        except RuntimeError as error:
+            raise Failed(f"cannot express {type(network).__name__} in ONNX: {one_line(error)}; try torchscript") from error
+    assert program is not None
+    model = program.model_proto
+    # The exporter notes the source line of every operator, with this machine's paths.
+    for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    model.metadata_props.add(key="histill", value=write_card(classes, image_size, mpp, extra))
+    with atomic(Path(path)) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+    return Path(path)
+
+
+def to_torchscript(
+    network: nn.Module,
+    path: str | Path,
+    *,
+    image_size: int,
+    classes: Sequence[str],
+    mpp: float | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write ``network`` as a frozen TorchScript module, images to logits; arguments as for `to_onnx`."""
+    wrapped, images = _prepare(network, image_size, classes)
+    # Saved through memory: given a file name, torch.jit writes that name, here a temporary one, into the file.
+    buffer = io.BytesIO()
+    with quiet():
+        try:
+            traced = torch.jit.trace(wrapped, images)  # type: ignore[no-untyped-call]
+            frozen = torch.jit.freeze(traced)  # type: ignore[no-untyped-call]
+            card = {"histill.json": write_card(classes, image_size, mpp, extra)}
+            torch.jit.save(frozen, buffer, _extra_files=card)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise Failed(f"cannot express {type(network).__name__} in TorchScript: {one_line(error)}") from error
+    with atomic(Path(path)) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    return Path(path)
+
+
+def to_qupath(
+    network: nn.Module,
+    folder: str | Path,
+    *,
+    image_size: int,
+    classes: Sequence[str],
+    mpp: float | None,
+    architecture: str,
+) -> Path:
+    """Write the folder that WSInfer and QuPath's WSInfer extension load as a local model.
+
+    Both apply the softmax themselves, so the module gives logits; the network normalises for itself, so that the
+    transform is only Resize and ToTensor (WSInfer model-config specification 1.0).
+
+    Args:
+        network: its ``"logits"`` are exported; it is left as it is.
+        folder: receives ``torchscript_model.pt`` and ``config.json``.
+        image_size: pixels.
+        classes: names, in the order of the logits.
+        mpp: microns per pixel at which it was trained.
+        architecture: its name, for people.
+
+    Raises:
+        BadInput: no ``mpp``, a name twice, or as for `to_onnx`.
+        Failed: TorchScript cannot express the network.
+    """
+    if not mpp:
+        raise BadInput("QuPath cuts tiles by resolution: give --mpp, the microns per pixel at which the model looks")
+    if len(set(classes)) != len(classes):
+        raise BadInput("QuPath needs class names that differ")
+    folder = Path(folder)
+    to_torchscript(
+        network, folder / "torchscript_model.pt", image_size=image_size, classes=classes, mpp=mpp
+    )
+    write_json(
+        folder / "config.json",
+        {
+            "spec_version": "1.0",
+            "architecture": architecture,
+            "num_classes": len(classes),
+            "class_names": list(classes),
+            "patch_size_pixels": image_size,
+            "spacing_um_px": mpp,
+            "transform": [{"name": "Resize", "arguments": {"size": image_size}}, {"name": "ToTensor"}],
+        },
+    )
+    return folder
+
+
+def check_parity(
+    network: nn.Module, exported: Predictor | str | Path, images: Pixels, *, tolerance: float = 1e-3
+) -> dict[str, float]:
+    """The largest absolute difference between the logits of ``network`` and of its export.
+
+    Logits, because a softmax near 0 or 1 hides differences. The first image also goes alone, so that a graph that
+    has kept the batch size of its tracing is found.
+
+    Args:
+        network: the original; it is switched to eval mode.
+        exported: a predictor, or a file, which is deleted where it fails.
+        images: ``(B, 3, size, size)`` RGB in [0, 1].
+        tolerance: what is allowed; float32 kernels differ by about 1e-5, int8 by far more.
+
+    Returns:
+        ``{"max_abs_diff": ...}``
+
+    Raises:
+        Failed: the difference is above ``tolerance``, or not a number.
+    """
+    file = Path(exported) if isinstance(exported, str | Path) else None
+    other = open_model(file) if file else exported
+    assert not isinstance(other, str | Path)
+    original = TorchPredictor(network, other.classes, other.image_size)
+    largest = 0.0
+    for chunk in (images[:1], *(images[start : start + 32] for start in range(0, len(images), 32))):
+        ours, theirs = original.logits(chunk), other.logits(chunk)
+        with np.errstate(invalid="ignore"):
+            difference = np.where(ours == theirs, 0, np.abs(ours - theirs)).max()
+        largest = float(np.maximum(largest, difference))
+    if not largest <= tolerance:
+        if file:
+            file.unlink()
+        raise Failed(
+            f"{file or 'the export'} differs from the network by up to {largest:.3g} in its logits "
+            f"(allowed: {tolerance:g}){'; the file was deleted' if file else ''}"
+        )
+    return {"max_abs_diff": largest}

@@ -1,0 +1,255 @@
+"""The main job: teacher, student alone, distilled student; then comparison, export, timing and one page."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histill.data.decode import load
+from histill.data.images import Images, read_images, read_unlabelled
+from histill.data.splits import split
+from histill.errors import BadInput
+from histill.evaluate import figures
+from histill.evaluate.calibration import fit_temperature
+from histill.evaluate.finish import class_rows, counts, scores, settings, tempered
+from histill.evaluate.intervals import figures_over_seeds, figures_with_intervals, paired_gain
+from histill.evaluate.metrics import METRICS, Scores, confusion, reliability, roc_curve
+from histill.evaluate.report import Picture, distill_report
+from histill.experiment import Experiment, load_recipe, parts
+from histill.files import locked, read_json, write_json
+from histill.loop import train
+from histill.progress import notice, say
+from histill.run import Run
+
+__all__ = ["distill", "read_parts", "shared_arguments"]
+
+ROLES = ("teacher", "student_alone", "student_distilled")
+_TITLES = {"teacher": "teacher", "student_alone": "student alone", "student_distilled": "distilled"}
+SHARED = ("image_size", "epochs", "batch_size", "positive", "strict", "schedule", "augment")
+"""Arguments that a recipe's teacher takes from its student unless ``teacher_...`` says otherwise."""
+
+
+def read_parts(data: Path, *, val: float, test: float, seed: int, patient: str | None) -> Images:
+    """Read images and complete their split."""
+    return split(read_images(data, patient=patient), val=val, test=test, seed=seed)
+
+
+def distill(
+    recipe: str,
+    data: Path,
+    out: Path,
+    *,
+    teacher: Path | None = None,
+    unlabelled: Path | None = None,
+    seeds: int = 1,
+    seed: int = 0,
+    val: float = 0.15,
+    test: float = 0.15,
+    patient: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    resume: bool = False,
+    code: Path | None = None,
+    student_arguments: dict[str, Any] | None = None,
+    teacher_arguments: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train a teacher (or take one), a student alone and the same student distilled, and say what it bought.
+
+    The split is drawn once, with ``seed``; the seeds that follow change initialisation, order and views, of teacher
+    and students alike. Student alone and distilled student have the same views, schedule, epochs and seed.
+
+    Returns:
+        What ``summary.json`` holds.
+
+    Raises:
+        BadInput: see `histill.loop.train`; also a folder that holds another distillation.
+    """
+    module, part = load_recipe(recipe)
+    if part not in ("", "student"):
+        raise BadInput(f"histill distill takes a whole recipe, not {recipe}; histill train runs one part")
+    if not callable(getattr(module, "student", None)):
+        raise BadInput(f"{recipe} has no function 'student'")
+    if teacher is None and "teacher" not in parts(module):
+        raise BadInput(f"{recipe} has no function 'teacher'; give one with --teacher RUN")
+    if seeds < 1:
+        raise BadInput(f"--seeds {seeds}: at least 1")
+    with locked(out):
+        images = read_parts(data, val=val, test=test, seed=seed, patient=patient)
+        for line in images.notices:
+            notice(line)
+        if not images.rows("test"):
+            raise BadInput("no test images: nothing could be proven; give --test a share above 0")
+        more = None if unlabelled is None else read_unlabelled(unlabelled)
+        given = None if teacher is None else Run.open(teacher, code=code)
+        machine = {"device": device, "precision": precision, "resume": resume}
+        runs: list[dict[str, Run]] = []
+        for number in range(seeds):
+            home = out / f"seed{number}" if seeds > 1 else out
+            own = {"data": images, "seed": seed + number}
+            if given is None:
+                made = _experiment(module, "teacher", own, teacher_arguments or {})
+                taught = train(made, home / "teacher", **machine)
+            else:
+                taught = given
+            own |= student_arguments or {}
+            alone = train(_experiment(module, "student", own, {"teacher": None}), home / "student_alone", **machine)
+            _doubt(taught, alone)
+            extra = {"teacher": taught, **({} if more is None else {"unlabelled": more})}
+            distilled = train(_experiment(module, "student", own, extra), home / "student_distilled", **machine)
+            runs.append(dict(zip(ROLES, (taught, alone, distilled))))
+        return _prove(recipe, out, images, runs)
+
+
+def _experiment(module: Any, part: str, *arguments: dict[str, Any]) -> Experiment:
+    function: Callable[..., Experiment] = getattr(module, part)
+    merged: dict[str, Any] = {}
+    for some in arguments:
+        merged |= some
+    known = inspect.signature(function).parameters
+    if foreign := [name for name in merged if name not in known]:
+        raise BadInput(f"{part} of this recipe does not take {', '.join(foreign)}")
+    return function(**merged)
+
+
+def shared_arguments(teacher: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's arguments of a distillation: its own (``teacher_lr``), and those it shares with the student."""
+    own = {n.removeprefix("teacher_"): v for n, v in given.items() if n.startswith("teacher_") and v is not None}
+    return {n: given[n] for n in SHARED if n in teacher and given.get(n) is not None} | own
+
+
+def _doubt(teacher: Run, alone: Run) -> None:
+    """Say so where the teacher knows no more than the student does by itself."""
+    best = [_validation(run) for run in (teacher, alone)]
+    if None not in best and best[0] < best[1]:  # type: ignore[operator]
+        notice(
+            f"the teacher is worse than the student alone on validation (balanced accuracy {best[0]:.3f} and "
+            f"{best[1]:.3f}); train it longer, start it from pretrained weights or take another"
+        )
+
+
+def _validation(run: Run) -> float | None:
+    return run.metrics.get("val", {}).get("balanced_accuracy", {}).get("value")  # type: ignore[no-any-return]
+
+
+def _prove(recipe: str, out: Path, images: Images, runs: list[dict[str, Run]]) -> dict[str, Any]:
+    """Compare, export, time, and write ``summary.json`` and ``report.html``."""
+    first = runs[0]
+    positive = first["student_alone"].info["positive"]
+    tables = [{role: _table(run, images) for role, run in trio.items()} for trio in runs]
+    judged = {
+        role: [
+            scores(
+                t[role], images.classes, "test", positive=positive, teacher=None if role == "teacher" else t["teacher"]
+            )
+            for t in tables
+        ]
+        for role in ROLES
+    }
+    over = figures_over_seeds if len(runs) > 1 else (lambda s: figures_with_intervals(s[0]))
+    test: dict[str, Any] = {role: over(found) for role, found in judged.items()}
+    alone, distilled = judged["student_alone"], judged["student_distilled"]
+    pair = (alone, distilled) if len(runs) > 1 else (alone[0], distilled[0])
+    test["gain"] = paired_gain(*pair, names=METRICS)
+    summary: dict[str, Any] = {"recipe": recipe, "test": test}
+    from histill.deploy.deliver import deliver
+
+    say("exporting and timing")
+    chosen = first["student_distilled"]
+    summary |= deliver(out, chosen, first["teacher"])
+    write_json(out / "summary.json", summary)
+    pictures = _pictures(out, images, {r: s[0] for r, s in judged.items()}, test, tables[0]["student_distilled"])
+    info = chosen.info
+    distill_report(
+        out,
+        summary,
+        subtitle=f"{recipe.rsplit('/', 1)[-1]} · {images.root.resolve().name} · {len(runs)} seed{'s' * (len(runs) > 1)}",
+        counts=counts(info, tables[0]["student_distilled"]),
+        pictures=pictures,
+        tables=[class_rows(judged["student_distilled"][0], images.classes)],
+        settings=settings(info),
+        versions=info["versions"] | {"device": info["device"], "data": info["data"]["hash"][:12]},
+        notices=[*info["notices"], *_teacher_notices(first)],
+    )
+    return summary
+
+
+def _table(run: Run, images: Images) -> Any:
+    """A run's predictions; a teacher from elsewhere is asked anew where it was judged on other images."""
+    table = run.predictions
+    wanted = images.frame[images.frame["split"] == "test"]
+    held = table[table["split"] == "test"]
+    if run.info["data"]["split_hash"] == images.split_hash or set(wanted["path"]) <= set(held["image"]):
+        return table
+    raise BadInput(f"{run.path} was judged on other test images; train the teacher on the same split")
+
+
+def _teacher_notices(trio: dict[str, Run]) -> list[str]:
+    teacher, alone = (_validation(trio[r]) for r in ("teacher", "student_alone"))
+    lines = []
+    if trio["teacher"].info["network"]["arguments"].get("weights", "") is None:
+        lines.append("The teacher started from random weights, not from ImageNet.")
+    if teacher is not None and alone is not None and teacher < alone:
+        lines.append(
+            f"The teacher is worse than the student alone on validation (balanced accuracy {teacher:.3f} and {alone:.3f})."
+        )
+    return lines
+
+
+def _pictures(
+    out: Path, images: Images, judged: dict[str, Scores], test: dict[str, Any], table: Any
+) -> list[Picture]:
+    """The figures of the page, of the first seed where there are several."""
+    home = out / "figures"
+    classes = images.classes
+    figures.gain(test["gain"], home / "gain.png")
+    shown = [Picture(home / "gain.png", "Distilled minus alone, on the same test images.", wide=True)]
+    figures.confusions({_TITLES[r]: confusion(s) for r, s in judged.items()}, classes, home / "confusion.png")
+    shown.append(Picture(home / "confusion.png", "Confusion matrices, test images.", wide=True))
+    if len(classes) == 2:
+        target = 1 if judged["teacher"].positive is None else judged["teacher"].positive
+        curves = {_TITLES[r]: (*roc_curve(s, target), _first(test[r]["auroc"])) for r, s in judged.items()}
+        figures.roc(curves, home / "roc.png")
+        shown.append(Picture(home / "roc.png", f"ROC for {classes[target]}, test images."))
+    val = scores(table, classes, "val")
+    temperature = fit_temperature(np.log(np.clip(val.probabilities, 1e-12, None)), val.labels)
+    calm = tempered(judged["student_distilled"], temperature)
+    figures.reliability(
+        {"distilled": reliability(judged["student_distilled"]), f"temperature {temperature:.2f}": reliability(calm)},
+        home / "reliability.png",
+    )
+    shown.append(Picture(home / "reliability.png", "Calibration of the distilled student; temperature fitted on validation."))
+    gallery = _gallery(images, table)
+    figures.gallery(*gallery, classes, home / "gallery.png")
+    shown.append(Picture(home / "gallery.png", "Distilled student: surest mistakes first, then images it had right.", wide=True))
+    return shown
+
+
+def _first(figure: dict[str, Any]) -> dict[str, Any]:
+    return {key: figure[key] for key in ("value", "low", "high")}
+
+
+def _gallery(images: Images, table: Any, most: int = 12) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Test images: up to half of them the surest mistakes, the rest evenly from what was right."""
+    test = table[table["split"] == "test"].reset_index(drop=True)
+    p = test[[f"prob_{c}" for c in images.classes]].to_numpy()
+    labels = test["label"].map({c: i for i, c in enumerate(images.classes)}).to_numpy()
+    wrong = np.flatnonzero(p.argmax(1) != labels)
+    wrong = wrong[np.argsort(-p[wrong].max(1), kind="stable")][: most // 2]
+    right = np.flatnonzero(p.argmax(1) == labels)
+    right = right[np.linspace(0, len(right) - 1, min(most - len(wrong), len(right))).astype(int)] if len(right) else right
+    rows = np.concatenate([wrong, right]).astype(int)
+    pictures = np.stack([load(images.root / test["image"][r], 160).transpose(1, 2, 0) for r in rows])
+    return pictures, labels[rows], p[rows]
+
+
+def resumed(out: Path) -> dict[str, Any]:
+    """The arguments of the distillation in ``out``."""
+    path = out / "distill.json"
+    if not path.is_file():
+        raise BadInput(f"--resume: {out} holds no distillation (no distill.json in it)")
+    return dict(read_json(path))

@@ -1,0 +1,42 @@
+"""Temperature scaling (Guo et al. 2017, section 4.2): one number, fitted on validation images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+
+from histill.errors import BadInput
+
+__all__ = ["apply", "fit_temperature"]
+
+
+def fit_temperature(logits: NDArray[Any], labels: NDArray[Any]) -> float:
+    """The temperature, in [0.01, 100], at which ``softmax(logits / T)`` has the least mean NLL.
+
+    Args:
+        logits: ``(N, C)`` logits; log-probabilities do as well, a constant per row being nothing to softmax.
+        labels: ``(N,)`` class numbers.
+
+    Raises:
+        BadInput: shapes that do not fit, or values that are not finite (the log of a probability of 0).
+    """
+    logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
+        raise BadInput(f"temperature: logits {logits.shape} and labels {labels.shape} do not fit")
+    if not np.isfinite(logits).all():
+        raise BadInput("temperature: logits must be finite; clip probabilities before taking their log")
+
+    def nll(log_t: float) -> float:
+        log_p = log_softmax(logits / np.exp(log_t), axis=1)
+        return float(-log_p[np.arange(len(labels)), labels].mean())
+
+    return float(np.exp(minimize_scalar(nll, bounds=(np.log(0.01), np.log(100)), method="bounded").x))
+
+
+def apply(logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
+    """Probabilities ``softmax(logits / T)``, ``(N, C)``; the predicted classes stay what they were."""
+    return np.asarray(softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1))

@@ -1,0 +1,177 @@
+"""What a run folder holds once training is over: predictions -> figures with intervals, pictures, page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from histill.data.images import Images
+from histill.errors import BadInput
+from histill.evaluate import figures
+from histill.evaluate.calibration import fit_temperature
+from histill.evaluate.intervals import figures_with_intervals, per_class_table
+from histill.evaluate.metrics import METRICS, Scores, confusion, reliability, roc_curve
+from histill.evaluate.report import Picture, Table, run_report, share
+from histill.files import write_json
+
+__all__ = ["class_rows", "counts", "finish", "predictions", "scores", "tempered"]
+
+EXTRA = ("macro_precision", "f1_of_means")
+
+
+def predictions(images: Images, rows: NDArray[np.int64], said: dict[str, NDArray[np.float64]]) -> pd.DataFrame:
+    """``predictions.parquet``: image, patient, split, label, prediction, a probability per class (and per exit)."""
+    frame = images.frame.iloc[rows]
+    table: dict[str, Any] = {"image": frame["path"].tolist(), "patient": frame["patient"].tolist()}
+    table |= {"split": frame["split"].tolist(), "label": frame["label"].tolist()}
+    probabilities = {name: softmax(logits) for name, logits in said.items()}
+    table["prediction"] = [images.classes[i] for i in probabilities["logits"].argmax(1)]
+    for name, p in probabilities.items():
+        prefix = "prob_" if name == "logits" else f"{name}_prob_"
+        table |= {f"{prefix}{c}": p[:, i] for i, c in enumerate(images.classes)}
+    return pd.DataFrame(table)
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Row-wise, ``(N, C)``."""
+    return np.asarray(np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)))
+
+
+def scores(
+    table: pd.DataFrame,
+    classes: tuple[str, ...],
+    split: str | None = None,
+    *,
+    positive: str | None = None,
+    teacher: pd.DataFrame | None = None,
+) -> Scores:
+    """The `Scores` of a predictions table: of one split, beside the teacher's table where there is one.
+
+    Raises:
+        BadInput: no image of the split, or the two tables are not about the same images.
+    """
+    part = table if split is None else table[table["split"] == split]
+    if not len(part):
+        raise BadInput(f"no predictions of the {split} split")
+    number = {name: i for i, name in enumerate(classes)}
+    named = part["patient"].where(part["patient"] != "", part["image"])
+    said = None
+    if teacher is not None:
+        by_image = teacher.set_index("image")["prediction"]
+        if missing := set(part["image"]) - set(by_image.index):
+            raise BadInput(f"the teacher was not asked about {len(missing)} of these images")
+        said = by_image[part["image"]].map(number).to_numpy(dtype=np.int64)
+    return Scores(
+        part["label"].map(number).to_numpy(dtype=np.int64),
+        part[[f"prob_{c}" for c in classes]].to_numpy(dtype=np.float64),
+        named.to_numpy(dtype=str),
+        said,
+        None if positive is None else number[positive],
+    )
+
+
+def tempered(before: Scores, temperature: float) -> Scores:
+    """The same scores with probabilities softened by a temperature."""
+    logits = np.log(np.clip(before.probabilities, 1e-12, None)) / temperature
+    return Scores(before.labels, softmax(logits), before.units, before.teacher, before.positive)
+
+
+def counts(info: dict[str, Any], table: pd.DataFrame | None = None) -> dict[str, dict[str, int]]:
+    """Images (and patients) by split, as the pages show them."""
+    found = {split: {"images": n} for split, n in info["data"]["images"].items() if n}
+    if table is not None and info["data"]["patients"] is not None:
+        for split, part in table.groupby("split"):
+            found[str(split)]["patients"] = part["patient"].nunique()
+    return found
+
+
+def class_rows(table: Scores, classes: tuple[str, ...]) -> Table:
+    """A row per class: support, sensitivity, specificity, precision, F1, AUROC, with intervals."""
+    rows = per_class_table(table, classes)
+    names = ("sensitivity", "specificity", "precision", "f1", "auroc")
+    cells = [[r["class"], r["support"], *(share(r[n]) for n in names)] for r in rows]
+    return Table(
+        ["class", "images", *(n.replace("f1", "F1").replace("auroc", "AUROC") for n in names)], cells, "By class"
+    )
+
+
+def finish(out: Path, info: dict[str, Any]) -> None:
+    """Write ``metrics.json``, ``figures/`` and ``report.html`` from what the run folder holds.
+
+    The temperature that calibrates the network is fitted on validation and applied to the test split.
+    """
+    table = pd.read_parquet(out / "predictions.parquet")
+    classes, positive = tuple(info["classes"]), info["positive"]
+    by_split = {s: scores(table, classes, s, positive=positive) for s in ("val", "test") if (table["split"] == s).any()}
+    metrics: dict[str, Any] = {}
+    pictures = [Picture(_training(out), "Each weighted loss term, the validation figures and the learning rate.")]
+    for split, found in by_split.items():
+        metrics[split] = figures_with_intervals(found, names=[*(n for n in METRICS if n != "agreement"), *EXTRA])
+        metrics[split]["per_class"] = per_class_table(found, classes)
+        metrics[split]["confusion"] = confusion(found).tolist()
+    tables = []
+    if by_split:
+        last, judged = list(by_split.items())[-1]
+        if "val" in by_split:
+            val = by_split["val"]
+            temperature = fit_temperature(np.log(np.clip(val.probabilities, 1e-12, None)), val.labels)
+            metrics["temperature"] = temperature
+            calm = tempered(judged, temperature)
+            metrics[last]["ece_calibrated"] = figures_with_intervals(calm, names=["ece"])["ece"]
+            diagrams = {"as trained": reliability(judged), f"temperature {temperature:.2f}": reliability(calm)}
+            figures.reliability(diagrams, out / "figures" / "reliability.png")
+            pictures.append(
+                Picture(out / "figures" / "reliability.png", "Calibration; temperature fitted on validation.")
+            )
+        figures.confusion(confusion(judged), classes, out / "figures" / "confusion.png")
+        pictures.append(Picture(out / "figures" / "confusion.png", f"Confusion matrix, {last} images."))
+        pictures.append(Picture(_roc(judged, classes, metrics[last], out), f"ROC, {last} images."))
+        tables.append(class_rows(judged, classes))
+    write_json(out / "metrics.json", metrics)
+    shown = {s: {k: v for k, v in metrics[s].items() if k in (*METRICS, *EXTRA)} for s in by_split}
+    if shown:
+        run_report(
+            out,
+            shown,
+            title=info["recipe"].get("name", out.name).rsplit("/", 1)[-1],
+            subtitle=f"One run · {info['data']['root'].rsplit('/', 1)[-1]} · {info['parameters']:,} parameters",
+            counts=counts(info, table),
+            pictures=pictures,
+            tables=tables,
+            settings=settings(info),
+            versions=info["versions"] | {"device": info["device"], "data": info["data"]["hash"][:12]},
+            notices=info["notices"],
+        )
+
+
+def settings(info: dict[str, Any]) -> dict[str, Any]:
+    """What a page says of how a run was made."""
+    arguments = {k: v for k, v in info["recipe"].get("arguments", {}).items() if k != "data"}
+    selected = info["selection"]
+    kept = f"{selected['rule']} (epoch {selected['epoch']} of {info['epochs_run']})" if "epoch" in selected else ""
+    return {
+        **arguments,
+        "network": info["network"]["function"].rsplit(":")[-1],
+        "weights kept": kept,
+        "views": info["views"],
+    }
+
+
+def _training(out: Path) -> Path:
+    path = out / "figures" / "training.png"
+    figures.training(pd.read_csv(out / "log.csv"), path)
+    return path
+
+
+def _roc(judged: Scores, classes: tuple[str, ...], found: dict[str, Any], out: Path) -> Path:
+    """One curve of two classes, else one against the rest for each."""
+    path = out / "figures" / "roc.png"
+    targets = [1 if judged.positive is None else judged.positive] if len(classes) == 2 else range(len(classes))
+    auroc = {row["class"]: row["auroc"] for row in found["per_class"]}
+    present = [t for t in targets if 0 < (judged.labels == t).sum() < len(judged.labels)]
+    figures.roc({classes[t]: (*roc_curve(judged, t), auroc[classes[t]]) for t in present}, path)
+    return path

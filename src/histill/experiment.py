@@ -1,0 +1,196 @@
+"""An experiment: one student network, one data set, one objective, any number of frozen teachers."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ParamSpec
+
+import torch
+from torch import nn
+
+from histill.data.images import Images
+from histill.data.views import Augment
+from histill.errors import BadInput
+from histill.schedules import Schedule, constant
+from histill.types import Objective, Teacher
+
+__all__ = ["Experiment", "load_recipe", "recipe"]
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What `histill.train` needs to know. Recipes make these; every field is a plain value or function.
+
+    Attributes:
+        data: the images with their splits (`histill.split`).
+        student: makes the network: a `functools.partial` of a class or function with keyword arguments that JSON can
+            hold, so that the run folder can make it again.
+        objective: ``(student, teacher, batch) -> {name: (weight, loss)}``.
+        image_size: height and width in pixels that the student sees.
+        teacher: what the objective compares with; none for a network's own training.
+        unlabelled: images that join the training with the teacher's word only.
+        augment: what a view may change.
+        views: how many distinct views each image has (None: a new one in every epoch). Views and epochs are
+            independent: with 16 views and 100 epochs every view is seen about six times.
+        cache: keep the teacher's outputs per view (True: in the cache folder; a path: there; False: ask every time).
+            Without effect where no view comes twice.
+        cache_outputs: which of the teacher's outputs the objective uses.
+        epochs: passes over the training images.
+        batch_size: images per step of the optimiser, all processes together.
+        accumulate: parts into which a batch is cut to fit the memory; the result is that of the whole batch.
+        optimizer: makes the optimiser from the parameters; its learning rates are multiplied by ``schedule``.
+        schedule: see `histill.schedules`.
+        clip: largest norm of the gradient, if any.
+        ema: decay of an exponential moving average of the weights, which is then what is validated and kept.
+        patience: stop after so many epochs without a better validation figure, if any.
+        select: which epoch's weights are kept: that with the best ``balanced_accuracy``, ``accuracy``, ``auroc`` or
+            ``loss`` on validation (ties: the lower validation loss, then the earlier epoch), or the ``last``.
+        seed: of initialisation, order, views and dropout.
+        positive: the class that sensitivity and specificity are about (default: the mean over all classes).
+        strict: an unreadable image is an error.
+        recipe: name, source and arguments of the recipe that made this; filled in by `recipe`.
+    """
+
+    data: Images
+    student: functools.partial[nn.Module]
+    objective: Objective
+    image_size: int
+    teacher: Teacher | None = None
+    unlabelled: Images | None = None
+    augment: Augment = field(default_factory=Augment)
+    views: int | None = None
+    cache: bool | Path = True
+    cache_outputs: tuple[str, ...] = ("logits",)
+    epochs: int = 1
+    batch_size: int = 64
+    accumulate: int = 1
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = functools.partial(torch.optim.Adam, lr=1e-3)
+    schedule: Schedule = field(default_factory=constant)
+    clip: float | None = None
+    ema: float | None = None
+    patience: int | None = None
+    select: str = "balanced_accuracy"
+    seed: int = 0
+    positive: str | None = None
+    strict: bool = False
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("image_size", 8)):
+            if getattr(self, name) < least:
+                raise BadInput(f"{name}={getattr(self, name)}: must be at least {least}")
+        for name in ("views", "patience"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise BadInput(f"{name}={value}: must be at least 1")
+        if self.select not in SELECTIONS:
+            raise BadInput(f"select={self.select!r}: one of {', '.join(SELECTIONS)}")
+        if self.positive is not None and self.positive not in self.data.classes:
+            raise BadInput(f"positive={self.positive!r}: the classes are {', '.join(self.data.classes)}")
+
+
+SELECTIONS = ("balanced_accuracy", "accuracy", "auroc", "loss", "last")
+
+
+def recipe(function: Callable[P, Experiment]) -> Callable[P, Experiment]:
+    """Mark a function as a recipe: its experiments carry its name, its source and the arguments they were made with.
+
+    Random numbers drawn inside (the weights of an objective) follow its ``seed``.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Experiment:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        torch.manual_seed(int(bound.arguments.get("seed", 0)))
+        experiment = function(*args, **kwargs)
+        record = {
+            "name": recipe_name(function),
+            "arguments": {name: _plain(value) for name, value in bound.arguments.items()},
+            "source": inspect.getsource(function),
+        }
+        return replace(experiment, recipe=record)
+
+    return wrapper
+
+
+def recipe_name(function: Callable[..., Any]) -> str:
+    """``dsnet.student`` for one of ours, ``/path/file.py:function`` for a user's."""
+    module = function.__module__
+    if module.startswith("histill.recipes."):
+        return f"{module.removeprefix('histill.recipes.').replace('_', '-')}.{function.__name__}"
+    return f"{Path(inspect.getfile(function)).resolve()}:{function.__name__}"
+
+
+def load_recipe(name: str) -> tuple[ModuleType, str]:
+    """The module of a recipe, and the part that the name asks for (empty: none).
+
+    Args:
+        name: ``dsnet``, ``dsnet.student`` or ``file.py:function``. A file is run as Python: it is the user's own code.
+
+    Raises:
+        BadInput: no such recipe or function; the line lists what there is.
+    """
+    if ".py:" in name or name.endswith(".py"):
+        file, _, part = name.partition(".py")
+        return load_file(Path(file + ".py")), part.removeprefix(":")
+    stem, _, part = name.partition(".")
+    there = recipes()
+    if stem not in there:
+        raise BadInput(f"no recipe {stem!r}; there are {', '.join(there)}, or give file.py:function")
+    module = importlib.import_module(f"histill.recipes.{stem.replace('-', '_')}")
+    if part and not hasattr(module, part):
+        raise BadInput(f"recipe {stem} has no part {part!r}; it has {', '.join(parts(module))}")
+    return module, part
+
+
+def parts(module: ModuleType) -> list[str]:
+    """The recipes in a module."""
+    return [n for n in ("teacher", "student", "pretrain", "finetune") if callable(getattr(module, n, None))]
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that come with Histill."""
+    folder = Path(__file__).parent / "recipes"
+    return sorted(p.stem.replace("_", "-") for p in folder.glob("*.py") if not p.stem.startswith("_"))
+
+
+@functools.cache
+def load_file(path: Path) -> ModuleType:
+    """Run a user's Python file once and return it as a module."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"histill_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise BadInput(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _plain(value: Any) -> Any:
+    """An argument as run.json keeps it."""
+    if isinstance(value, Images):
+        return {"images": str(value.root), "hash": value.hash, "split_hash": value.split_hash}
+    if isinstance(value, os.PathLike):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if path := getattr(value, "path", None):
+        return str(path)
+    return repr(value)

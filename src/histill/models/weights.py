@@ -1,0 +1,187 @@
+"""Where weights come from: a file, a run, an address with its checksum, or ImageNet by way of timm.
+
+Nothing is unpickled but tensors, and nothing is fetched unless an address or ``"imagenet"`` asks for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from histill.errors import BadInput, Failed
+from histill.files import atomic, cache_dir
+
+__all__ = ["hub", "imagenet", "load_weights", "read_weights"]
+
+_TIMEOUT_S = 5
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def load_weights(
+    module: nn.Module,
+    weights: str | Path | None,
+    *,
+    fresh: Sequence[str] = (),
+    pretrained: str | None = None,
+) -> None:
+    """Fill ``module`` with weights of the same names and shapes.
+
+    Args:
+        module: The network to fill.
+        weights: None or ``"none"`` (nothing happens), a ``.safetensors`` or ``.pt`` file, a run's folder,
+            ``"https://...#sha256=..."``, or ``"imagenet"``.
+        fresh: Glob patterns of names that may keep their initial values: the head, and parts that are new.
+        pretrained: The timm network whose ImageNet weights fit, where there is one.
+
+    Names are compared as they are, and with the ``network.`` of Histill's own wrappers put on or taken off.
+
+    Raises:
+        BadInput: A file that is missing, unreadable or unsafe, or leaves anything but ``fresh`` unfilled.
+        Failed: The weights could not be fetched.
+    """
+    if weights is None or weights == "none":
+        return
+    if weights == "imagenet":
+        if pretrained is None:
+            raise BadInput(f"there are no ImageNet weights for {type(module).__name__}: give --weights FILE or none")
+        given = imagenet(pretrained)
+    else:
+        given = read_weights(weights)
+    own = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith("num_batches_tracked")}
+    spellings = (
+        given,
+        {f"network.{name}": tensor for name, tensor in given.items()},
+        {name.removeprefix("network."): tensor for name, tensor in given.items()},
+    )
+    given = max(spellings, key=lambda names: len(own.keys() & names.keys()))
+
+    fitting = {name: given[name] for name in own if name in given and given[name].shape == own[name].shape}
+    unfilled = [
+        f"{name} {'x'.join(map(str, own[name].shape))}"
+        + (f" (file: {'x'.join(map(str, given[name].shape))})" if name in given else "")
+        for name in own
+        if name not in fitting and not any(fnmatchcase(name, pattern) for pattern in fresh)
+    ]
+    if unfilled or not fitting:
+        more = f" and {len(unfilled) - 3} more" if len(unfilled) > 3 else ""
+        raise BadInput(
+            f"{weights} does not fit {type(module).__name__}: "
+            f"it has no {', '.join(unfilled[:3]) or 'weight of the same name and shape'}{more}"
+        )
+    module.load_state_dict(fitting, strict=False)
+
+
+def read_weights(weights: str | Path) -> dict[str, Tensor]:
+    """The named tensors of a file, a run's folder or an address; see `load_weights`."""
+    text = str(weights)
+    path = _download(text) if text.startswith(("https://", "http://")) else Path(weights)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise BadInput(f"there is no weight file {path}: give a .safetensors or .pt file, a run's folder, or none")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError):
+        raise BadInput(
+            f"{path} is damaged or not a safe weight file: give .safetensors, or .pt with tensors only"
+        ) from None
+    while isinstance(state, dict) and (inner := next((k for k in ("state_dict", "model") if k in state), None)):
+        state = state[inner]
+    if not isinstance(state, dict):
+        raise BadInput(f"{path} holds no named tensors: save a network's state_dict()")
+    return {_unwrapped(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def imagenet(name: str) -> dict[str, Tensor]:
+    """The ImageNet weights that timm publishes under ``name``."""
+    import histill.models._torchvision  # noqa: F401 (before timm)
+
+    import timm  # isort: skip
+
+    with hub(name):
+        state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
+    return state
+
+
+@contextmanager
+def hub(what: str) -> Iterator[None]:
+    """Let timm fetch ``what``: from the hub where it can be reached, from its local cache where it cannot.
+
+    The hub's client retries for minutes where there is no network, so one short request is tried first.
+
+    Raises:
+        Failed: Not there, not allowed or not reachable.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    was_offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline = was_offline or not _reachable(constants.ENDPOINT)
+    try:
+        yield
+    except (OSError, EntryNotFoundError) as error:
+        if isinstance(error, GatedRepoError | RepositoryNotFoundError):
+            reason = f"{host} does not give it to you: accept its terms there and set HF_TOKEN"
+        elif offline:
+            reason = f"{host} cannot be reached and it is not in the local cache"
+        else:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Failed(f"cannot fetch the weights of {what}: {reason}; give --weights FILE or --weights none") from error
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+def _reachable(address: str) -> bool:
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except OSError:
+        return False
+    return True
+
+
+def _download(address: str) -> Path:
+    """Fetch a file once into the cache, under its checksum."""
+    url, _, fragment = address.partition("#")
+    expected = fragment.removeprefix("sha256=").lower()
+    if not fragment.startswith("sha256=") or len(expected) != 64 or set(expected) - set("0123456789abcdef"):
+        raise BadInput(f"{address} has no checksum: write it as URL#sha256=<64 hex digits>")
+    path = cache_dir("weights") / f"{expected}{Path(urllib.parse.urlsplit(url).path).suffix}"
+    if path.exists():
+        return path
+    hashed = hashlib.sha256()
+    try:
+        with atomic(path) as temporary:
+            with urllib.request.urlopen(url, timeout=4 * _TIMEOUT_S) as answer, temporary.open("wb") as file:
+                while chunk := answer.read(1 << 20):
+                    hashed.update(chunk)
+                    file.write(chunk)
+            if hashed.hexdigest() != expected:
+                raise BadInput(f"{url} has another checksum (sha256={hashed.hexdigest()}): check it at its source")
+    except OSError as error:
+        raise Failed(f"cannot fetch {url}: {getattr(error, 'reason', error)}; give --weights FILE") from error
+    return path
+
+
+def _unwrapped(name: str) -> str:
+    while prefix := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), None):
+        name = name.removeprefix(prefix)
+    return name

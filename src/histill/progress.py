@@ -1,0 +1,83 @@
+"""One way to say how far a thing is: a bar with rate and time left, or a line now and then without a terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+__all__ = ["Bar", "notice", "progress", "say"]
+
+_EVERY_S = 20.0
+
+
+def say(line: str) -> None:
+    """A line for people, on stderr."""
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def notice(line: str) -> None:
+    """Something the user should know and need not act on."""
+    say(f"note: {line}")
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", style="cyan")
+
+
+class Bar:
+    """Counts what was done; `advance` is cheap enough to call for every batch."""
+
+    def __init__(self, what: str, total: int, unit: str, bar: Progress | None) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self._bar = bar
+        self._task = bar.add_task(what, total=total, unit=unit) if bar else None
+        self._done = 0
+        self._start = self._said = time.monotonic()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Say that ``count`` more are done; ``note`` stands beside the name."""
+        self._done += count
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, advance=count, description=f"{self.what} {note}".rstrip())
+        elif (now := time.monotonic()) - self._said > _EVERY_S:
+            self._said = now
+            rate = self._done / (now - self._start)
+            left = (self.total - self._done) / rate
+            say(f"{self.what} {note} {self._done}/{self.total} {rate:,.1f} {self.unit}/s, {left:,.0f} s left")
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str = "images") -> Iterator[Bar]:
+    """A bar on a terminal, otherwise a line every 20 s; silent with ``HISTILL_QUIET=1``."""
+    console = Console(stderr=True)
+    if os.environ.get("HISTILL_QUIET"):
+        yield Bar(what, total, unit, Progress(disable=True))
+    elif console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            yield Bar(what, total, unit, bar)
+    else:
+        yield Bar(what, total, unit, None)

@@ -1,0 +1,242 @@
+"""Teachers: frozen sources of outputs that stay outside the student's module, optimiser and checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from histill.errors import BadInput, Failed
+from histill.files import digest, read_json, write_json
+from histill.progress import say
+from histill.run import Run
+from histill.types import Batch, Outputs
+
+__all__ = ["Cached", "Ensemble", "Frozen", "Keyed", "as_teacher"]
+
+
+class Keyed(Protocol):
+    """A teacher that can be cached: a `Teacher` with a ``key`` that changes whenever its outputs could."""
+
+    key: str
+
+    def __call__(self, batch: Batch) -> Outputs: ...
+
+
+class Frozen:
+    """A network as a teacher: in eval mode, without gradients, on its own input size.
+
+    Args:
+        network: the network; it normalises for itself, as every network does.
+        image_size: the size in pixels at which it looks (None: the student's). The view is drawn anew at that size,
+            not resized from the student's.
+        key: names the weights; computed from them where it is not given.
+    """
+
+    def __init__(self, network: nn.Module, *, image_size: int | None = None, key: str | None = None) -> None:
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.image_size = image_size
+        self.key = f"{key or weights_digest(network)}@{image_size or 'same'}"
+
+    def __call__(self, batch: Batch) -> Outputs:
+        device = batch.images.device
+        if next((p.device for p in self.network.parameters()), device) != device:
+            self.network.to(device)
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=device.type == "cuda", dtype=torch.bfloat16),
+        ):
+            outputs = self.network(batch.at(self.image_size))
+        return Outputs({name: value.float() for name, value in outputs.items()})
+
+
+class Ensemble:
+    """Several teachers as one: ``logits`` is the log of the mean of their probabilities.
+
+    The mean of probabilities is the mixture that the ensemble stands for; its logarithm is a valid logit.
+    """
+
+    def __init__(self, teachers: Sequence[Keyed]) -> None:
+        if not teachers:
+            raise BadInput("an ensemble needs at least one teacher")
+        self.teachers = tuple(teachers)
+        self.key = digest(["ensemble", *(t.key for t in teachers)])
+
+    def __call__(self, batch: Batch) -> Outputs:
+        said = [teacher(batch)["logits"].log_softmax(1) for teacher in self.teachers]
+        return Outputs(logits=torch.logsumexp(torch.stack(said), 0) - np.log(len(said)))
+
+
+class Cached:
+    """A teacher that is asked once per view; later it is read from a memory-mapped file.
+
+    The first pass over the views asks the teacher and writes; every later pass, of this run or another, reads. A row
+    is marked as known only after its values are on disk, so a kill loses at most the rows of the last seconds. Two
+    processes may fill one cache: both write the same values to the same place.
+
+    Args:
+        teacher: what is asked.
+        folder: where the cache lies; made where it is missing.
+        images: how many images there are, the rows of each view.
+        views: how many views each image has.
+        identity: what else the outputs depend on (the views' seed and strengths, the data); JSON-able.
+        outputs: the names that are kept.
+        dtype: of the file. float16 halves it; float32 keeps a cached run equal to an online one.
+
+    Raises:
+        BadInput: the folder holds the outputs of another teacher, other views or other data; the line names which.
+        Failed: the disk has too little room.
+    """
+
+    def __init__(
+        self,
+        teacher: Keyed,
+        folder: Path,
+        *,
+        images: int,
+        views: int,
+        identity: dict[str, Any],
+        outputs: Sequence[str] = ("logits",),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.teacher, self.folder, self.shape, self.outputs = (
+            teacher,
+            Path(folder),
+            (views, images),
+            tuple(outputs),
+        )
+        self.dtype = np.dtype(str(dtype).removeprefix("torch."))
+        self.key = teacher.key
+        self.asked = self.read = 0
+        self._meta = {"teacher": teacher.key, "shape": list(self.shape), "dtype": str(self.dtype), **identity}
+        self._stores: dict[str, NDArray[Any]] = {}
+        self._pending: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        self._saved = time.monotonic()
+        self._check()
+        self._known = np.array(_shared(self.folder / "known.npy", self.shape, np.dtype(bool)))
+
+    def _check(self) -> None:
+        path = self.folder / "cache.json"
+        meta = {**self._meta, "outputs": list(self.outputs)}
+        if path.exists():
+            there = read_json(path)
+            if differing := sorted(k for k in {*there, *meta} if there.get(k) != meta.get(k)):
+                raise BadInput(
+                    f"{self.folder} caches something else ({', '.join(differing)} differ); give another folder"
+                )
+        else:
+            write_json(path, meta)
+
+    def __call__(self, batch: Batch) -> Outputs:
+        views, ids = batch.views.numpy(), batch.ids.numpy()
+        missing = np.flatnonzero(~self._known[views, ids])
+        if len(missing):
+            self._ask(batch, missing)
+        self.asked += len(missing)
+        self.read += len(ids) - len(missing)
+        return Outputs({n: self._tensor(self._open(n)[views, ids], batch.images.device) for n in self.outputs})
+
+    def _tensor(self, values: NDArray[Any], device: torch.device) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).float().to(device)
+
+    def _ask(self, batch: Batch, missing: NDArray[np.int64]) -> None:
+        rows = torch.from_numpy(missing)
+        part = Batch(
+            batch.images[rows.to(batch.images.device)],
+            batch.labels[rows.to(batch.labels.device)],
+            batch.ids[rows],
+            batch.views[rows],
+            lambda size: batch.at(size)[rows.to(batch.images.device)],
+        )
+        said = self.teacher(part)
+        if not self._stores:
+            self._make(said)
+        views, ids = part.views.numpy(), part.ids.numpy()
+        for name in self.outputs:
+            self._open(name)[views, ids] = said[name].cpu().numpy().astype(self.dtype)
+        self._known[views, ids] = True
+        self._pending.append((views, ids))
+        if time.monotonic() - self._saved > 10:
+            self.flush()
+
+    def _make(self, said: Outputs) -> None:
+        shapes = {name: (*self.shape, *said[name].shape[1:]) for name in self.outputs}
+        bytes_ = sum(int(np.prod(shape)) * self.dtype.itemsize for shape in shapes.values())
+        absent = [name for name in self.outputs if not (self.folder / f"{name}.npy").exists()]
+        if absent:
+            free = shutil.disk_usage(self.folder).free
+            if bytes_ > free:
+                raise Failed(f"the teacher's cache takes {bytes_ / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB")
+            say(
+                f"teacher's cache: {self.shape[1]} images x {self.shape[0]} views, {bytes_ / 1e6:.1f} MB in {self.folder}"
+            )
+        for name, shape in shapes.items():
+            self._stores[name] = _shared(self.folder / f"{name}.npy", shape, self.dtype)
+
+    def _open(self, name: str) -> NDArray[Any]:
+        if name not in self._stores:
+            self._stores[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r+")
+        return self._stores[name]
+
+    def flush(self) -> None:
+        """Put what was asked on disk: the values first, then the marks that they are there."""
+        for store in self._stores.values():
+            store.flush()  # type: ignore[attr-defined]
+        known = _shared(self.folder / "known.npy", self.shape, np.dtype(bool))
+        for views, ids in self._pending:
+            known[views, ids] = True
+        known.flush()  # type: ignore[attr-defined]
+        self._known |= known
+        self._pending.clear()
+        self._saved = time.monotonic()
+
+
+def _shared(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A memory-mapped array of zeros that any number of processes may open; the first makes it."""
+    if not path.exists():
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=tuple(shape)).flush()
+        try:
+            os.link(temporary, path)  # unlike a rename this does not replace what another process just made
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
+    array: NDArray[Any] = np.load(path, mmap_mode="r+")
+    if array.shape != tuple(shape) or array.dtype != dtype:
+        raise BadInput(f"{path} holds {array.shape} {array.dtype}, not {tuple(shape)} {dtype}; remove it")
+    return array
+
+
+def as_teacher(teacher: Run | Keyed, classes: Sequence[str]) -> Keyed:
+    """A run's network as a teacher at the size it was trained at; any other teacher as it is.
+
+    Raises:
+        BadInput: the run has other classes than the data.
+    """
+    if not isinstance(teacher, Run):
+        return teacher
+    if teacher.classes != tuple(classes):
+        raise BadInput(
+            f"{teacher.path} was trained on the classes {', '.join(teacher.classes)}, the data has {', '.join(classes)}"
+        )
+    return Frozen(teacher.network(), image_size=teacher.image_size)
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers with their names."""
+    sha = hashlib.sha256(type(network).__name__.encode())
+    for name, value in sorted(network.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

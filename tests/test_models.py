@@ -1,0 +1,389 @@
+"""One contract for every network, and what each paper says of its own."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import histill.models as models
+from histill.errors import BadInput, Failed
+from histill.evaluate.macs import parameters
+from histill.models import DSNet, KerasHead, Timm, load_weights, weights
+from histill.types import Outputs
+
+CLASSES = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network by name and JSON-able arguments, and what it promises."""
+
+    name: str
+    arguments: dict[str, Any]
+    size: int
+    features: dict[str, tuple[int, ...]]
+    idle: tuple[str, ...] = field(default=())  # parameters that no gradient of the outputs reaches, by design
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        arguments = json.loads(json.dumps(self.arguments))
+        module: nn.Module = getattr(models, self.name)(classes=CLASSES, **arguments)
+        return module
+
+
+CASES = {
+    "dsnet": Case(
+        "DSNet", {"image_size": 32}, 32, {"conv1": (128, 30, 30), "conv2": (64, 13, 13), "conv3": (32, 4, 4)}
+    ),
+    "keras-resnet50": Case("KerasHead", {"name": "resnet50"}, 64, {"stage5": (2048, 2, 2), "pooled": (2048,)}),
+    "keras-inception": Case("KerasHead", {"name": "inception_v3"}, 96, {"stage1": (64, 45, 45), "pooled": (2048,)}),
+    "keras-efficientnet": Case("KerasHead", {"name": "efficientnet_b0"}, 64, {"pooled": (1280,)}),
+    "keras-mobilenet": Case("KerasHead", {"name": "mobilenet_v1"}, 64, {"pooled": (1024,)}),
+    "timm-resnet": Case(
+        "Timm",
+        {"name": "resnet18", "zero_init_last": False},
+        64,
+        {"stage1": (64, 32, 32), "stage5": (512, 2, 2), "pooled": (512,)},
+    ),
+    "timm-convnext": Case("Timm", {"name": "test_convnext"}, 64, {"stage4": (64, 2, 2), "pooled": (64,)}),
+    "timm-vit": Case("Timm", {"name": "test_vit", "img_size": 64}, 64, {"stage6": (64, 4, 4), "pooled": (64,)}),
+    "timm-swin": Case(
+        "Timm",
+        {"name": "swin_tiny_patch4_window7_224", "img_size": 64, "window_size": 2, "depths": [1, 1, 1, 1]},
+        64,
+        {"stage1": (96, 16, 16), "stage4": (768, 2, 2), "pooled": (768,)},
+    ),
+    "timm-distilled": Case("Timm", {"name": "deit_tiny_distilled_patch16_224", "img_size": 32, "depth": 2}, 32, {}),
+}
+SMALL = ("dsnet", "timm-resnet", "timm-convnext")
+
+
+@functools.cache
+def built(case: str) -> nn.Module:
+    return CASES[case].build()
+
+
+def images(case: str, count: int = 2) -> Tensor:
+    size = CASES[case].size
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@torch.no_grad()
+def test_evaluation_is_named_repeatable_and_independent_of_the_batch(case: str) -> None:
+    network, batch = built(case).eval(), images(case)
+    outputs = network(batch)
+    assert isinstance(outputs, Outputs)
+    assert outputs["logits"].shape[:2] == (2, CLASSES)
+    for name, shape in CASES[case].features.items():
+        assert outputs[name].shape == (2, *shape), name
+    again, alone = network(batch), network(batch[1:])
+    for name, tensor in outputs.items():
+        assert tensor.isfinite().all(), name
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=0)
+        torch.testing.assert_close(alone[name], tensor[1:], rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_reaches_every_trainable_parameter(case: str) -> None:
+    network = CASES[case].build().train()
+    outputs = network(images(case, 3))
+    torch.stack(
+        [(tensor * torch.linspace(-1, 1, tensor.numel()).view_as(tensor)).sum() for tensor in outputs.values()]
+    ).sum().backward()
+    still = {n for n, p in network.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert still == set(CASES[case].idle)
+
+
+@torch.no_grad()
+def test_state_survives_safetensors_and_channels_last(case: str, tmp_path: Path) -> None:
+    network, batch = built(case).eval(), images(case)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in network.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    other = CASES[case].build().eval()
+    for parameter in other.parameters():
+        parameter.fill_(0.5)
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    expected = network(batch)["logits"]
+    torch.testing.assert_close(other(batch)["logits"], expected, rtol=0, atol=0)
+    last = other.to(memory_format=torch.channels_last)(batch.to(memory_format=torch.channels_last))["logits"]
+    torch.testing.assert_close(last, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_export_to_onnx_agrees(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = built(case).eval()
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.network(images)["logits"]
+            return logits
+
+    network, batch = Logits().eval(), images(case, 3)
+    batch_size = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        network, (batch[:2],), dynamo=True, dynamic_shapes={"images": {0: batch_size}}, verbose=False
+    )
+    assert program is not None
+    program.save(str(tmp_path / "model.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), network(batch), rtol=1e-3, atol=1e-4)
+
+
+def test_every_exported_name_exists() -> None:
+    assert all(callable(getattr(models, name)) for name in models.__all__)
+    with pytest.raises(AttributeError, match="ResNet19"):
+        models.ResNet19
+
+
+# The melanoma paper's networks
+
+
+def test_dsnet_has_the_papers_parameters() -> None:
+    assert parameters(DSNet()) == 268_898
+    assert parameters(DSNet(classes=7)) == 268_898 + 5 * 86_529
+
+
+def test_dsnet_is_initialised_as_keras_does() -> None:
+    network = DSNet()
+    limit = (6 / (3 * 9 + 128 * 9)) ** 0.5
+    assert network.conv1.weight.abs().max() <= limit
+    assert network.conv1.weight.abs().max() > 0.99 * limit
+    assert not any(p.any() for n, p in network.named_parameters() if n.endswith("bias"))
+
+
+def test_dsnet_says_which_images_it_takes() -> None:
+    with pytest.raises(BadInput, match="32x32 pixels, not 48x32"):
+        DSNet(image_size=32)(torch.zeros(1, 3, 32, 48))
+    with pytest.raises(BadInput, match="at least 18"):
+        DSNet(image_size=17)
+    assert DSNet(image_size=18)(torch.zeros(1, 3, 18, 18))["conv3"].shape == (1, 32, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("resnet50", 23_542_786),
+        ("resnet101", 42_561_026),
+        ("vgg16", 14_716_738),
+        ("inception_v3", 21_776_546),
+        ("efficientnet_b0", 4_012_670),
+        ("mobilenet_v1", 3_211_074),
+    ],
+)
+def test_keras_networks_have_the_papers_parameters(name: str, count: int) -> None:
+    with torch.device("meta"):
+        assert parameters(KerasHead(name, 2)) == count
+
+
+def test_a_wrong_name_is_answered_with_the_right_ones() -> None:
+    with pytest.raises(BadInput, match="resnet50, resnet101, vgg16"):
+        KerasHead("resnet", 2)
+    with pytest.raises(BadInput, match="did you mean convnext_tiny"):
+        Timm("convnext_tinny", 2)
+    with pytest.raises(BadInput, match="'nope' of resnet18: it has a1_in1k"):
+        Timm("resnet18.nope", 2)
+    with pytest.raises(BadInput, match="does not take these arguments.*'depht'"):
+        Timm("test_vit", 2, depht=3)
+
+
+# The adapter
+
+
+def test_timm_normalises_as_the_network_was_pretrained() -> None:
+    network = Timm("mobilenetv1_100", 2).eval()  # mean and standard deviation 0.5
+    assert network.input_size == 224
+    seen = network.normalize(torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4))
+    torch.testing.assert_close(seen[0, :, 0, 0], torch.tensor([-1.0, 0.0, 1.0]))
+    assert not any(name.startswith("normalize") for name in network.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "test_convnext", "volo_d1_224", "levit_128s"])
+def test_timm_gives_timms_own_logits(name: str) -> None:
+    network = Timm(name, 4).eval()
+    batch = torch.rand(1, 3, network.input_size, network.input_size)
+    torch.testing.assert_close(network(batch)["logits"], network.network(network.normalize(batch)))
+
+
+@torch.no_grad()
+def test_timm_without_classes_gives_features() -> None:
+    outputs = Timm("test_resnet", 0).eval()(torch.rand(1, 3, 64, 64))
+    torch.testing.assert_close(outputs["logits"], outputs["pooled"])
+
+
+def test_a_layer_may_be_named() -> None:
+    network = Timm("test_vit", 2, mlp_layer="SwiGLUPacked", act_layer="silu", img_size=32)
+    assert type(network.network.blocks[0].mlp).__name__ == "GluMlp"
+    assert network.input_size == 32
+
+
+# Weights
+
+
+def same(one: nn.Module, other: nn.Module, names: Callable[[str], bool] = lambda name: True) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours if names(name))
+
+
+def zeroed(network: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    return network
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_fills_the_network_of_the_same_names(suffix: str, tmp_path: Path) -> None:
+    source, path = Timm("test_resnet", 3), tmp_path / f"weights{suffix}"
+    state = source.network.state_dict()  # as timm itself would save it
+    if suffix == ".pt":
+        torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path)
+    else:
+        save_file(state, path)
+    assert same(Timm("test_resnet", 3, weights=str(path)), source)
+    wider = Timm("test_resnet", 5, weights=str(path))
+    assert same(wider.network, source.network, lambda name: not name.startswith("fc."))
+
+
+def test_a_runs_folder_fills_another_head(tmp_path: Path) -> None:
+    source = Timm("test_vit", 3)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    assert same(Timm("test_vit", 2, weights=str(tmp_path)), source, lambda name: "head" not in name)
+
+
+def test_keras_resnet_takes_a_plain_resnet_and_its_own_run(tmp_path: Path) -> None:
+    plain = Timm("resnet50", 1000)
+    save_file(plain.network.state_dict(), tmp_path / "resnet50.safetensors")
+    network = KerasHead("resnet50", 2, weights=str(tmp_path / "resnet50.safetensors"))
+    assert torch.equal(network.network.layer4[2].conv3.weight, plain.network.layer4[2].conv3.weight)
+    assert not network.network.layer4[2].conv3.bias.any()
+    nn.init.ones_(network.network.layer4[2].conv3.bias)
+    save_file(network.state_dict(), tmp_path / "own.safetensors")
+    assert same(KerasHead("resnet50", 2, weights=str(tmp_path / "own.safetensors")), network)
+
+
+def test_what_a_file_leaves_unfilled_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    state = dict(DSNet(image_size=32).state_dict())
+    save_file(state, path)
+    network = zeroed(DSNet(image_size=64))
+    with pytest.raises(BadInput, match=r"no fc.weight 2x4608 \(file: 2x512\)"):
+        load_weights(network, path)
+    assert not any(parameter.any() for parameter in network.parameters())
+    load_weights(network, path, fresh=["fc.*"])
+    assert torch.equal(network.conv1.weight, state["conv1.weight"])
+    assert not network.fc.weight.any()
+    with pytest.raises(BadInput, match="does not fit Linear"):
+        load_weights(nn.Linear(2, 2), path, fresh=["*"])
+
+
+def test_none_changes_nothing() -> None:
+    network = zeroed(DSNet(image_size=32))
+    load_weights(network, None)
+    load_weights(network, "none")
+    assert not any(parameter.any() for parameter in network.parameters())
+    with pytest.raises(BadInput, match="no ImageNet weights for DSNet"):
+        load_weights(network, "imagenet")
+
+
+class Trap:
+    """Would write a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_untrusted_is_unpickled(tmp_path: Path) -> None:
+    torch.save({"weight": Trap(tmp_path / "sprung")}, tmp_path / "trap.pt")
+    with pytest.raises(BadInput, match="not a safe weight file"):
+        load_weights(nn.Linear(2, 2), tmp_path / "trap.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.pt", b"PK\x03\x04"), ("a.safetensors", b"\xff" * 40), ("a.pt", b"")])
+def test_a_damaged_file_is_said(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match="damaged"):
+        load_weights(nn.Linear(2, 2), tmp_path / name)
+    with pytest.raises(BadInput, match="there is no weight file"):
+        load_weights(nn.Linear(2, 2), tmp_path / "missing.pt")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    (tmp_path / "www").mkdir()
+    handler = functools.partial(Quiet, directory=tmp_path / "www")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+        thread.join()
+
+
+def test_an_address_is_fetched_once_and_checked(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HISTILL_CACHE", str(tmp_path / "cache"))
+    source, file = nn.Linear(2, 2), tmp_path / "www" / "linear.safetensors"
+    save_file(source.state_dict(), file)
+    checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+    cache = tmp_path / "cache" / "weights"
+
+    with pytest.raises(BadInput, match="another checksum"):
+        load_weights(nn.Linear(2, 2), f"{server}/linear.safetensors#sha256={'0' * 64}")
+    assert list(cache.iterdir()) == []
+    for unchecked in ("", "#sha256=abc", f"#md5={'0' * 64}"):
+        with pytest.raises(BadInput, match="#sha256=<64 hex digits>"):
+            load_weights(nn.Linear(2, 2), f"{server}/linear.safetensors{unchecked}")
+    with pytest.raises(Failed, match=r"cannot fetch .*missing\.pt"):
+        load_weights(nn.Linear(2, 2), f"{server}/missing.pt#sha256={checksum}")
+
+    target = nn.Linear(2, 2)
+    load_weights(target, f"{server}/linear.safetensors#sha256={checksum}")
+    assert same(target, source)
+    assert [path.name for path in cache.iterdir()] == [f"{checksum}.safetensors"]
+    file.unlink()
+    load_weights(target, f"{server}/linear.safetensors#sha256={checksum}")
+
+
+def test_imagenet_without_a_network_fails_at_once_and_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens on the discard port
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for build in (lambda: Timm("resnet18", 2, weights="imagenet"), lambda: weights.imagenet("resnet18.tv_in1k")):
+        with pytest.raises(Failed, match=r"resnet18.*cannot be reached.*--weights FILE or --weights none"):
+            build()
+    assert not constants.HF_HUB_OFFLINE
