@@ -65,9 +65,7 @@ def test_patients_widen_the_interval() -> None:
     right = np.repeat(np.random.default_rng(0).random(25) < 0.7, 10).astype(int)  # a patient's images agree
     images = answers(right.tolist())
     patients = Scores(images.labels, images.probabilities, np.arange(250) // 10)
-    width = [
-        f["high"] - f["low"] for f in (figures_with_intervals(s)["accuracy"] for s in (images, patients))
-    ]
+    width = [f["high"] - f["low"] for f in (figures_with_intervals(s)["accuracy"] for s in (images, patients))]
     assert width[1] == pytest.approx(np.sqrt(10) * width[0], rel=0.2)
 
 

@@ -67,7 +67,9 @@ def compare(*runs: Run | str | Path, split: str = "test", names: Sequence[str] |
     images = [t["image"][t["split"] == split].tolist() for t in tables]
     for run, listed in zip(opened, images):
         if sorted(listed) != sorted(images[0]):
-            raise BadInput(f"{run.path} and {first.path} were not judged on the same {split} images; same data, same split")
+            raise BadInput(
+                f"{run.path} and {first.path} were not judged on the same {split} images; same data, same split"
+            )
     tables = [t.set_index("image", drop=False).loc[images[0]] for t in tables]
     found = [scores(t, first.classes, positive=first.info["positive"]) for t in tables]
     called = list(names) if names else _distinct([run.path for run in opened])

@@ -200,16 +200,14 @@ def _teacher_notices(trio: dict[str, Run]) -> list[str]:
     return lines
 
 
-def _pictures(
-    out: Path, images: Images, judged: dict[str, Scores], test: dict[str, Any], table: Any
-) -> list[Picture]:
+def _pictures(out: Path, images: Images, judged: dict[str, Scores], test: dict[str, Any], table: Any) -> list[Picture]:
     """The figures of the page, of the first seed where there are several."""
     home = out / "figures"
     classes = images.classes
     figures.gain(test["gain"], home / "gain.png")
-    shown = [Picture(home / "gain.png", "Distilled minus alone, on the same test images.", wide=True)]
+    shown = [Picture(home / "gain.png", "Distilled minus alone, on the same test images.")]
     figures.confusions({_TITLES[r]: confusion(s) for r, s in judged.items()}, classes, home / "confusion.png")
-    shown.append(Picture(home / "confusion.png", "Confusion matrices, test images.", wide=True))
+    shown.append(Picture(home / "confusion.png", "Confusion matrices, test images."))
     if len(classes) == 2:
         target = 1 if judged["teacher"].positive is None else judged["teacher"].positive
         curves = {_TITLES[r]: (*roc_curve(s, target), _first(test[r]["auroc"])) for r, s in judged.items()}
@@ -222,10 +220,14 @@ def _pictures(
         {"distilled": reliability(judged["student_distilled"]), f"temperature {temperature:.2f}": reliability(calm)},
         home / "reliability.png",
     )
-    shown.append(Picture(home / "reliability.png", "Calibration of the distilled student; temperature fitted on validation."))
+    shown.append(
+        Picture(home / "reliability.png", "Calibration of the distilled student; temperature fitted on validation.")
+    )
     gallery = _gallery(images, table)
     figures.gallery(*gallery, classes, home / "gallery.png")
-    shown.append(Picture(home / "gallery.png", "Distilled student: surest mistakes first, then images it had right.", wide=True))
+    shown.append(
+        Picture(home / "gallery.png", "Distilled student: surest mistakes first, then images it had right.")
+    )
     return shown
 
 
@@ -241,7 +243,9 @@ def _gallery(images: Images, table: Any, most: int = 12) -> tuple[NDArray[Any], 
     wrong = np.flatnonzero(p.argmax(1) != labels)
     wrong = wrong[np.argsort(-p[wrong].max(1), kind="stable")][: most // 2]
     right = np.flatnonzero(p.argmax(1) == labels)
-    right = right[np.linspace(0, len(right) - 1, min(most - len(wrong), len(right))).astype(int)] if len(right) else right
+    right = (
+        right[np.linspace(0, len(right) - 1, min(most - len(wrong), len(right))).astype(int)] if len(right) else right
+    )
     rows = np.concatenate([wrong, right]).astype(int)
     pictures = np.stack([load(images.root / test["image"][r], 160).transpose(1, 2, 0) for r in rows])
     return pictures, labels[rows], p[rows]

@@ -25,6 +25,7 @@ from histill.data.images import Images
 from histill.data.packed import Packed, pack
 from histill.errors import BadInput, Failed
 from histill.evaluate.metrics import Scores, metrics
+from histill.evaluate.predict import predict_rows
 from histill.experiment import Experiment
 from histill.files import atomic, cache_dir, digest, locked, read_json, write_json
 from histill.machine import launch
@@ -33,7 +34,7 @@ from histill.run import Run, commit, describe, versions
 from histill.teachers import Cached
 from histill.types import Batch, Objective, Outputs, Teacher, Terms, total
 
-__all__ = ["predict_rows", "train"]
+__all__ = ["train"]
 
 _VALIDATION = ("accuracy", "balanced_accuracy", "auroc")
 
@@ -76,6 +77,7 @@ def train(
     compile: bool = False,
     keep_checkpoint: bool = False,
     checkpoint_seconds: float = 30.0,
+    command: dict[str, Any] | None = None,
 ) -> Run:
     """Run an experiment and leave a run folder.
 
@@ -92,6 +94,7 @@ def train(
         compile: compile student and objective with `torch.compile`.
         keep_checkpoint: keep ``checkpoint.pt`` when the run ends.
         checkpoint_seconds: least time between checkpoints.
+        command: what the command line was given, for ``run.json``.
 
     Raises:
         BadInput: the folder is taken, the data or an argument is wrong.
@@ -106,7 +109,7 @@ def train(
             run = Run.open(out)
             if run.finished:
                 return run
-        return _train(experiment, out, fabric, compile, keep_checkpoint, checkpoint_seconds)
+        return _train(experiment, out, fabric, compile, keep_checkpoint, checkpoint_seconds, command)
 
 
 def _train(
@@ -116,6 +119,7 @@ def _train(
     compile: bool,
     keep_checkpoint: bool,
     checkpoint_seconds: float,
+    command: dict[str, Any] | None,
 ) -> Run:
     data = experiment.data if experiment.unlabelled is None else _joined(experiment.data, experiment.unlabelled)
     packed = pack(data, experiment.image_size, strict=experiment.strict)
@@ -145,10 +149,10 @@ def _train(
         if average:
             average.network.load_state_dict(saved["average"])
 
-    info = _info(experiment, packed, rows, fabric, student)
+    info = _info(experiment, packed, rows, fabric, student) | {"command": command}
     if (out / "run.json").exists():
         _check_same(read_json(out / "run.json"), info, out)
-        info["started"] = read_json(out / "run.json")["started"]
+        info |= {name: read_json(out / "run.json")[name] for name in ("started", "command")}
     if experiment.teacher is not None and len(rows["val"]):
         info["teacher"] = _judge_teacher(experiment.teacher, experiment, packed, rows["val"], fabric)
     if fabric.is_global_zero:
@@ -236,7 +240,6 @@ def _step(
         batch = packed.batch(
             part,
             views,
-            size=experiment.image_size,
             augment=experiment.augment,
             seed=experiment.seed,
             device=fabric.device,
@@ -291,7 +294,7 @@ def _close_epoch(
         **{f"weight/{n}": weight[n] for n in names},
     }
     if len(val):
-        said = predict_rows(judged, packed, val, size=experiment.image_size, device=fabric.device)["logits"]
+        said = predict_rows(judged, packed, val, device=fabric.device)["logits"]
         row |= {f"val/{n}": v for n, v in _validate(said, packed, val).items()}
     state.log.append(row)
     return row
@@ -336,34 +339,6 @@ def _advance(bar: Bar, state: State, experiment: Experiment, images: int) -> Non
     bar.advance(images, f"epoch {state.epoch + 1}/{experiment.epochs}{figure}")
 
 
-def predict_rows(
-    network: nn.Module,
-    packed: Packed,
-    rows: NDArray[np.int64],
-    *,
-    size: int,
-    device: torch.device | str = "cpu",
-    batch_size: int = 64,
-) -> dict[str, NDArray[np.float64]]:
-    """What a network says of the images themselves (no augmentation).
-
-    Returns:
-        ``logits`` and, of a network with exits, ``exit1`` and so on, each ``(N, C)`` float64. The network's mode is
-        left as it was.
-    """
-    mode = network.training
-    network.eval()
-    said: dict[str, list[Tensor]] = {}
-    with torch.no_grad():
-        for start in range(0, len(rows), batch_size):
-            batch = packed.batch(rows[start : start + batch_size], size=size, device=device)
-            for name, value in network(batch.images).items():
-                if name == "logits" or (name.startswith("exit") and name[4:].isdigit()):
-                    said.setdefault(name, []).append(value.double().cpu())
-    network.train(mode)
-    return {name: torch.cat(values).numpy() for name, values in said.items()}
-
-
 def _judge_teacher(
     teacher: Teacher, experiment: Experiment, packed: Packed, val: NDArray[np.int64], fabric: Fabric
 ) -> dict[str, Any]:
@@ -371,7 +346,7 @@ def _judge_teacher(
     teacher = getattr(teacher, "teacher", teacher) if isinstance(teacher, Cached) else teacher
     said = []
     for start in range(0, len(val), 64):
-        outputs = teacher(packed.batch(val[start : start + 64], size=experiment.image_size, device=fabric.device))
+        outputs = teacher(packed.batch(val[start : start + 64], device=fabric.device))
         if "logits" not in outputs or outputs["logits"].shape[1:] != (len(experiment.data.classes),):
             return {"key": getattr(teacher, "key", "")}
         said.append(outputs["logits"].double().cpu().numpy())
@@ -505,7 +480,7 @@ def _finish(
         save_file({k: v.contiguous() for k, v in best.items()}, temporary)
     judged.load_state_dict(best)
     rows_judged = np.concatenate([rows["val"], rows["test"]])
-    said = predict_rows(judged, packed, rows_judged, size=experiment.image_size, device=fabric.device)
+    said = predict_rows(judged, packed, rows_judged, device=fabric.device)
     with atomic(out / "predictions.parquet") as temporary:
         predictions(packed.images, rows_judged, said).to_parquet(temporary, index=False)
     info["selection"] |= {

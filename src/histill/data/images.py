@@ -171,6 +171,15 @@ def read_unlabelled(folder: str | Path) -> Images:
     return Images(frame[list(COLUMNS)], root, ())
 
 
+def read_paths(manifest: Path) -> list[Path]:
+    """The images that a CSV file with a column ``path`` lists, without labels.
+
+    Raises:
+        BadInput: as for a manifest of `read_images`, but for the labels.
+    """
+    return [manifest.parent / path for path in _from_manifest(manifest, needed=("path",))["path"]]
+
+
 def check_leaks(images: Images) -> None:
     """Raise `BadInput` where a patient or an image is in two splits."""
     placed = images.frame[images.frame["split"] != ""]
@@ -222,7 +231,7 @@ def _from_folder(folder: Path) -> pd.DataFrame:
     return _frame(path=[r[0] for r in rows], label=[r[1] for r in rows], split=[r[2] for r in rows])
 
 
-def _from_manifest(file: Path) -> pd.DataFrame:
+def _from_manifest(file: Path, needed: Sequence[str] = ("path", "label")) -> pd.DataFrame:
     try:
         frame = pd.read_csv(
             file, dtype=str, keep_default_na=False, encoding="utf-8", comment=None, skipinitialspace=True
@@ -232,11 +241,11 @@ def _from_manifest(file: Path) -> pd.DataFrame:
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
         raise BadInput(f"{file}: not a CSV manifest ({str(error).strip()})") from None
     frame.columns = [str(c).strip().lower() for c in frame.columns]
-    if missing := [c for c in ("path", "label") if c not in frame]:
+    if missing := [c for c in needed if c not in frame]:
         raise BadInput(f"{file}: no column {few(missing)}; it has {few(frame.columns, 12)}")
     if not len(frame):
         raise BadInput(f"{file}: no rows")
-    if len(empty := frame.index[(frame["path"] == "") | (frame["label"] == "")]):
+    if len(empty := frame.index[(frame[list(needed)] == "").any(axis=1)]):
         raise BadInput(f"{file}: empty path or label in row {few(empty + 2)}")
     frame["path"] = [_inside(file, row + 2, path) for row, path in enumerate(frame["path"])]
     if "split" in frame:

@@ -6,8 +6,10 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -39,32 +41,42 @@ class Packed:
         pixels: ``(M, S, S, 3)`` uint8, memory-mapped: the page cache holds what fits, the disk the rest.
         stored: ``(N,)`` where in ``pixels`` each image lies.
         labels: ``(N,)`` class numbers, -1 for unlabelled.
+        sized: the same images at another size.
     """
 
     images: Images
     pixels: NDArray[np.uint8]
     stored: NDArray[np.int64]
     labels: Tensor
+    sized: Callable[[int], Packed]
 
     def batch(
         self,
         rows: NDArray[np.int64],
         views: Tensor | None = None,
         *,
-        size: int,
         augment: Augment = NONE,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> Batch:
-        """One view each of the given rows (without ``views``: the images themselves)."""
+        """One view each of the given rows (without ``views``: the images themselves).
+
+        At another size the views are drawn from the images packed at that size, not from the smaller ones.
+        """
         ids = torch.from_numpy(rows)
         views = torch.zeros_like(ids) if views is None else views
-        pixels = torch.from_numpy(self.pixels[self.stored[rows]]).to(device, non_blocking=True)
 
         def at(size: int) -> Tensor:
-            return render(pixels, ids, views, size, augment=augment, seed=seed)
+            packed = self if size == self.size else self.sized(size)
+            pixels = torch.from_numpy(packed.pixels[packed.stored[rows]]).to(device, non_blocking=True)
+            return render(pixels, ids, views, augment=augment, seed=seed)
 
-        return Batch(at(size), self.labels[ids].to(device), ids, views, at)
+        return Batch(at(self.size), self.labels[ids].to(device), ids, views, at)
+
+    @property
+    def size(self) -> int:
+        """Height and width of the pictures in pixels."""
+        return int(self.pixels.shape[1])
 
 
 def pack(images: Images, size: int, *, strict: bool = False, folder: Path | None = None) -> Packed:
@@ -98,7 +110,8 @@ def pack(images: Images, size: int, *, strict: bool = False, folder: Path | None
     check_leaks(readable)
     numbers = {name: i for i, name in enumerate(images.classes)}
     labels = torch.tensor([numbers.get(label, -1) for label in readable.frame["label"]])
-    return Packed(readable, pixels, (~bad).to_numpy().nonzero()[0], labels)
+    sized = cache(partial(pack, images, folder=folder))
+    return Packed(readable, pixels, (~bad).to_numpy().nonzero()[0], labels, sized)
 
 
 def _fill(images: Images, size: int, home: Path) -> None:

@@ -97,7 +97,7 @@ def _nuclei_of(kind: Kind, x: Array, y: Array, u: Array, angle: Array) -> _Nucle
         clumping=np.full(n, kind.clumping),
         vesicular=np.clip(kind.vesicular * (0.4 + 1.2 * u[:, 5]), 0, 0.6),
         nucleolus=np.where(u[:, 6] < min(kind.nucleoli, 0.95), 1.0, 0.0),
-        darkness=kind.darkness * np.exp((0.05 + 0.6 * kind.pleomorphism) * normal(u[:, 7])),
+        darkness=kind.darkness * np.exp(0.12 * normal(u[:, 7])),
         pigment=np.where(u[:, 8] < min(kind.pigment, 0.9), 0.4 + u[:, 9], 0.0),
         priority=u[:, 2],
         u=u,

@@ -58,32 +58,33 @@ class Kind:
     darkness: float = 0.72
 
 
-# Larger nuclei of the malignant kind are further apart, so that both cover the same share of the picture: the mean
-# colour says nothing, the statistics of single nuclei do.
+# Benign and malignant differ in the mean size and density of nuclei by less than patients do; what tells them apart is
+# how unequal, how crowded and how coarse the nuclei of one picture are. Both cover the same share of it, so that its
+# colours say next to nothing.
 KINDS: dict[str, Kind] = {
     "benign": Kind(
-        radius=3.45,
-        pleomorphism=0.09,
-        spacing=10.3,
-        disorder=0.55,
-        irregularity=0.018,
-        clumping=0.17,
-        nucleoli=0.12,
-        nest_size=17.0,
+        radius=3.6,
+        pleomorphism=0.08,
+        spacing=10.6,
+        disorder=0.6,
+        irregularity=0.02,
+        clumping=0.19,
+        vesicular=0.22,
+        nucleoli=0.2,
+        nest_size=18.0,
         pigment=0.12,
     ),
     "malignant": Kind(
-        radius=4.2,
-        pleomorphism=0.19,
-        spacing=12.6,
+        radius=3.9,
+        pleomorphism=0.22,
+        spacing=11.2,
         disorder=0.85,
-        irregularity=0.04,
-        clumping=0.26,
-        vesicular=0.3,
-        nucleoli=0.55,
-        nest_size=24.0,
-        pigment=0.17,
-        darkness=0.76,
+        irregularity=0.03,
+        clumping=0.23,
+        vesicular=0.25,
+        nucleoli=0.4,
+        nest_size=22.0,
+        pigment=0.14,
     ),
     "stroma": Kind(nest=0.0, lymphocytes=0.05, pigment=0.03),
     "gland": Kind(radius=3.5, spacing=6.4, nest=0.0, gland=33.0, cytoplasm=0.24, pigment=0.0, elongation=1.8),
@@ -113,20 +114,21 @@ def kind_of(name: str) -> Kind:
 
 # How far patients differ in each cue: the standard deviation of its logarithm at difficulty 0.5.
 PATIENT_SPREAD = {
-    "radius": 0.10,
-    "spacing": 0.11,
-    "pleomorphism": 0.32,
+    "radius": 0.12,
+    "spacing": 0.13,
+    "pleomorphism": 0.22,
     "disorder": 0.2,
     "elongation": 0.05,
     "irregularity": 0.4,
     "clumping": 0.25,
     "vesicular": 0.3,
     "nucleoli": 0.6,
+    "nest": 0.1,
     "nest_size": 0.2,
-    "cytoplasm": 0.15,
-    "pigment": 0.6,
-    "lymphocytes": 0.6,
-    "darkness": 0.07,
+    "cytoplasm": 0.2,
+    "pigment": 0.7,
+    "lymphocytes": 0.7,
+    "darkness": 0.1,
 }
 
 # Unit stain vectors in optical density (R, G, B): haematoxylin, eosin, melanin.

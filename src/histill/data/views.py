@@ -78,27 +78,24 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def render(pixels: Tensor, ids: Tensor, views: Tensor, size: int, *, augment: Augment, seed: int) -> Tensor:
+def render(pixels: Tensor, ids: Tensor, views: Tensor, *, augment: Augment, seed: int) -> Tensor:
     """The views of a batch of images.
 
     Args:
         pixels: ``(B, S, S, 3)`` uint8, the packed images.
         ids: ``(B,)`` image numbers.
         views: ``(B,)`` view numbers.
-        size: height and width of what is wanted, in pixels.
         augment: what a view may change.
         seed: of all views.
 
     Returns:
-        ``(B, 3, size, size)`` float32 in [0, 1], channels last in memory.
+        ``(B, 3, S, S)`` float32 in [0, 1], channels last in memory.
     """
     images = pixels.permute(0, 3, 1, 2).float().div(255)
     u = torch.from_numpy(uniform(seed, ids, views)).to(images)
     if augment.rotate or augment.zoom or augment.shift:
-        images = _move(images, u[:, :6], size, augment)
+        images = _move(images, u[:, :6], augment)
     else:
-        if images.shape[-1] != size:
-            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
         images = _flip(images, u, augment)
     if augment.brightness or augment.contrast or augment.saturation or augment.hue:
         images = _colour(images, u[:, 6:], augment)
@@ -112,7 +109,7 @@ def _flip(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
     return images
 
 
-def _move(images: Tensor, u: Tensor, size: int, augment: Augment) -> Tensor:
+def _move(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
     """Flip, rotate, zoom and shift in one resampling: the output's grid mapped into the picture."""
     angle = (2 * u[:, 2] - 1) * math.radians(augment.rotate)
     scale = torch.exp((2 * u[:, 3] - 1) * math.log1p(augment.zoom))
@@ -124,7 +121,7 @@ def _move(images: Tensor, u: Tensor, size: int, augment: Augment) -> Tensor:
         torch.stack([sx * cos, -sx * sin, shift[:, 0]], 1),
         torch.stack([sy * sin, sy * cos, shift[:, 1]], 1),
     )
-    grid = F.affine_grid(torch.stack(rows, 1), [len(images), 3, size, size], align_corners=False)
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 

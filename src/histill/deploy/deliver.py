@@ -1,1 +1,225 @@
 """The student as others get it: exported, checked against its run, quantised, and timed beside its teacher."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histill.data.decode import load
+from histill.data.images import Images
+from histill.deploy.bench import efficiency, latency
+from histill.deploy.export import check_parity, to_onnx, to_qupath, to_torchscript
+from histill.deploy.predictor import Predictor, TorchPredictor, open_model
+from histill.deploy.quantize import quantize
+from histill.errors import BadInput
+from histill.progress import notice, progress
+from histill.run import Run
+
+__all__ = ["Exported", "bench", "deliver", "export", "open_any"]
+
+_CHECKED = 64
+_CALIBRATION = 256
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        files: by format (``onnx``, ``int8``, ...), ``{"path", "max_abs_diff"}`` and, where the run has test images,
+            ``accuracy`` and ``accuracy_lost`` against the run.
+    """
+
+    files: dict[str, dict[str, Any]]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        said = []
+        for found in self.files.values():
+            line = f"{found['path']}: logits within {found['max_abs_diff']:.2g} of the run's"
+            if "accuracy_lost" in found:
+                line += f", test accuracy {100 * found['accuracy']:.1f} % ({-100 * found['accuracy_lost']:+.1f} points)"
+            said.append(line)
+        return said
+
+
+def export(
+    run: Run | str | Path,
+    out: str | Path | None = None,
+    *,
+    format: Literal["onnx", "torchscript", "qupath"] = "onnx",
+    int8: bool = False,
+    mpp: float | None = None,
+    code: Path | None = None,
+) -> Exported:
+    """Write a run's network for deployment and check it on real validation images.
+
+    Args:
+        run: a run or its folder.
+        out: the file or folder to write (default: ``model.onnx``, ``model.pt`` or ``qupath/`` in the run).
+        format: ``onnx``, ``torchscript``, or ``qupath``: the folder that QuPath's WSInfer extension loads.
+        int8: also a static int8 ONNX file beside the other, calibrated on validation images.
+        mpp: microns per pixel of the images that the network was trained on; ``qupath`` needs it.
+        code: the Python file of a network that is not Histill's.
+
+    Raises:
+        BadInput: no finished run, ``qupath`` without ``mpp``, ``int8`` of another format than ``onnx``.
+        Failed: the export differs from the run by more than 1e-3; the file is removed.
+    """
+    run = run if isinstance(run, Run) else Run.open(run, code=code)
+    if int8 and format != "onnx":
+        raise BadInput("--int8 goes with --format onnx")
+    names = {"onnx": "model.onnx", "torchscript": "model.pt", "qupath": "qupath"}
+    path = Path(out) if out is not None else run.path / names[format]
+    network, kind = run.network(), {"image_size": run.image_size, "classes": run.classes, "mpp": mpp}
+    val = _images(run, "val", _CHECKED)
+    if format == "qupath":
+        if mpp is None:
+            raise BadInput("--format qupath needs --mpp, the microns per pixel of the training images")
+        to_qupath(network, path, architecture=run.info["network"]["function"].rsplit(":")[-1], **kind)
+        model = path / "torchscript_model.pt"
+    elif format == "torchscript":
+        model = to_torchscript(network, path, extra=_provenance(run), **kind)
+    else:
+        model = to_onnx(network, path, extra=_provenance(run), **kind)
+    files = {format: {"path": str(path), **check_parity(network, model, val)}}
+    files[format] |= _accuracy(run, open_model(model))
+    if int8:
+        small = path.with_name(f"{path.stem}.int8.onnx")
+        quantize(model, small, _batches(run, "val", _CALIBRATION))
+        predictor = open_model(small)
+        apart = np.abs(predictor.logits(val) - TorchPredictor(network, run.classes, run.image_size).logits(val)).max()
+        files["int8"] = {"path": str(small), "max_abs_diff": float(apart), **_accuracy(run, predictor)}
+    return Exported(files)
+
+
+def deliver(out: Path, student: Run, teacher: Run) -> dict[str, Any]:
+    """``student.onnx`` and ``student.int8.onnx`` in ``out``, and what teacher and student cost in one runtime.
+
+    Returns:
+        ``export`` and ``efficiency`` of ``summary.json``; empty, with a notice, where ONNX is not installed.
+    """
+    if not all(find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
+        notice("export and timing are left out: pip install 'histill[deploy]'")
+        return {"export": {}, "efficiency": {}}
+    files = export(student, out / "student.onnx", int8=True).files
+    for found in files.values():
+        found["path"] = Path(found["path"]).name
+    with tempfile.TemporaryDirectory(dir=out, prefix=".teacher-") as folder:
+        large = teacher.network()
+        kind = {"image_size": teacher.image_size, "classes": teacher.classes}
+        path = to_onnx(large, Path(folder) / "teacher.onnx", **kind)
+        small = student.network()
+        models = {
+            "teacher": (large, path),
+            "student": (small, out / "student.onnx"),
+            "student_int8": (small, out / "student.int8.onnx"),
+        }
+        with progress("timing", 80, "rounds") as bar:
+            costs = efficiency(models, repeats=40, seconds=10.0, progress=bar.advance)
+    return {"export": files, "efficiency": costs}
+
+
+def bench(
+    models: Sequence[Path], *, batch_size: int = 16, seconds: float = 3.0, code: Path | None = None
+) -> tuple[dict[str, Any], str]:
+    """Models side by side in one process: parameters, size, latency at batch 1, images per second.
+
+    Returns:
+        What ``summary.json`` holds, by model, and the same as a table.
+    """
+    from histill.evaluate.macs import macs
+
+    if not models:
+        raise BadInput("bench needs a run, an .onnx or a TorchScript file")
+    opened = {str(model): open_any(model, code=code) for model in models}
+    with progress("timing", 80, "rounds") as bar:
+        limits: dict[str, Any] = {"repeats": 40, "seconds": seconds * len(opened), "progress": bar.advance}
+        single = latency(opened, batch=1, **limits)
+        many = latency(opened, batch=batch_size, **limits)
+    summary: dict[str, Any] = {}
+    for name, predictor in opened.items():
+        network = getattr(predictor, "network", None)
+        file = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
+        summary[name] = {
+            "parameters": None if network is None else sum(p.numel() for p in network.parameters()),
+            "macs": None if network is None else macs(network, predictor.image_size),
+            "file_bytes": file.stat().st_size,
+            "image_size": predictor.image_size,
+            "latency_ms_batch1": single[name]["latency_ms"],
+            "images_per_second": many[name]["images_per_second"],
+            "speedup_batch1": single[name]["speedup"],
+        }
+    return summary, _table(summary)
+
+
+def _table(summary: dict[str, Any]) -> str:
+    width = max(len(name) for name in summary) + 2
+    lines = [f"{'':{width}}{'px':>5}{'parameters':>13}{'MMAC':>8}{'MB':>8}{'ms (p95)':>16}{'images/s':>10}{'times':>8}"]
+    for name, row in summary.items():
+        single, parameters, macs = row["latency_ms_batch1"], row["parameters"], row["macs"]
+        lines.append(
+            f"{name:{width}}{row['image_size']:>5}{f'{parameters:,}' if parameters else '-':>13}"
+            f"{f'{macs / 1e6:,.0f}' if macs else '-':>8}{row['file_bytes'] / 1e6:>8.1f}"
+            f"{single['median']:>8.1f} ({single['p95']:.1f})".ljust(width + 51)
+            + f"{row['images_per_second']:>9.1f}{row['speedup_batch1']['value']:>8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def open_any(model: str | Path, *, code: Path | None = None) -> Predictor:
+    """A run folder, an ``.onnx`` or a TorchScript file as a predictor."""
+    path = Path(model)
+    if path.is_dir():
+        run = Run.open(path, code=code)
+        return TorchPredictor(run.network(), run.classes, run.image_size)
+    return open_model(path)
+
+
+def _rows(run: Run, split: str) -> tuple[Images, list[int]]:
+    """The readable images of a split: those that the run was judged on."""
+    data, judged = run.data, set(run.predictions["image"])
+    return data, [r for r in data.rows(split) if data.frame["path"][r] in judged]
+
+
+def _images(run: Run, split: str, most: int) -> NDArray[np.float32]:
+    """Images of a split, spread evenly over it, ``(N, 3, size, size)``."""
+    data, rows = _rows(run, split)
+    if not rows:
+        raise BadInput(f"{run.path} has no {split} images to check an export on")
+    chosen = [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(most, len(rows)))]
+    return np.stack([load(data.root / data.frame["path"][r], run.image_size) for r in chosen])
+
+
+def _batches(run: Run, split: str, most: int) -> Iterator[NDArray[np.float32]]:
+    images = _images(run, split, most)
+    return (images[i : i + _BATCH] for i in range(0, len(images), _BATCH))
+
+
+def _accuracy(run: Run, predictor: Predictor) -> dict[str, float]:
+    """Accuracy on the test images, and what was lost against the run."""
+    data, rows = _rows(run, "test")
+    if not rows:
+        return {}
+    right = 0
+    for start in range(0, len(rows), _BATCH):
+        part = rows[start : start + _BATCH]
+        images = np.stack([load(data.root / data.frame["path"][r], run.image_size) for r in part])
+        said = predictor(images).argmax(1)
+        right += sum(run.classes[i] == data.frame["label"][r] for i, r in zip(said, part))
+    accuracy = right / len(rows)
+    table = run.predictions
+    test = table[table["split"] == "test"]
+    return {"accuracy": accuracy, "accuracy_lost": float((test["prediction"] == test["label"]).mean()) - accuracy}
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    return {"recipe": run.info["recipe"].get("name"), "data": run.info["data"]["hash"], "histill": run.info["versions"].get("histill")}

@@ -101,7 +101,9 @@ def to_onnx(
                 verbose=False,
             )
         except RuntimeError as error:
-            raise Failed(f"cannot express {type(network).__name__} in ONNX: {one_line(error)}; try torchscript") from error
+            raise Failed(
+                f"cannot express {type(network).__name__} in ONNX: {one_line(error)}; try torchscript"
+            ) from error
     assert program is not None
     model = program.model_proto
     # The exporter notes the source line of every operator, with this machine's paths.
@@ -130,9 +132,9 @@ def to_torchscript(
     with quiet():
         try:
             traced = torch.jit.trace(wrapped, images)  # type: ignore[no-untyped-call]
-            frozen = torch.jit.freeze(traced)  # type: ignore[no-untyped-call]
+            frozen = torch.jit.freeze(traced)
             card = {"histill.json": write_card(classes, image_size, mpp, extra)}
-            torch.jit.save(frozen, buffer, _extra_files=card)  # type: ignore[no-untyped-call]
+            torch.jit.save(frozen, buffer, _extra_files=card)
         except RuntimeError as error:
             raise Failed(f"cannot express {type(network).__name__} in TorchScript: {one_line(error)}") from error
     with atomic(Path(path)) as temporary:
@@ -171,9 +173,7 @@ def to_qupath(
     if len(set(classes)) != len(classes):
         raise BadInput("QuPath needs class names that differ")
     folder = Path(folder)
-    to_torchscript(
-        network, folder / "torchscript_model.pt", image_size=image_size, classes=classes, mpp=mpp
-    )
+    to_torchscript(network, folder / "torchscript_model.pt", image_size=image_size, classes=classes, mpp=mpp)
     write_json(
         folder / "config.json",
         {
@@ -210,20 +210,25 @@ def check_parity(
         Failed: the difference is above ``tolerance``, or not a number.
     """
     file = Path(exported) if isinstance(exported, str | Path) else None
-    other = open_model(file) if file else exported
-    assert not isinstance(other, str | Path)
+    other = exported if not isinstance(exported, str | Path) else open_model(exported)
+
+    def reject(why: str) -> Failed:
+        if file is None:
+            return Failed(f"the export {why}")
+        file.unlink()
+        return Failed(f"{file} {why}; the file was deleted")
+
     original = TorchPredictor(network, other.classes, other.image_size)
     largest = 0.0
     for chunk in (images[:1], *(images[start : start + 32] for start in range(0, len(images), 32))):
-        ours, theirs = original.logits(chunk), other.logits(chunk)
+        ours = original.logits(chunk)
+        try:
+            theirs = other.logits(chunk)
+        except Exception as error:
+            raise reject(f"does not run on a batch of {len(chunk)}: {one_line(error)}") from error
         with np.errstate(invalid="ignore"):
             difference = np.where(ours == theirs, 0, np.abs(ours - theirs)).max()
         largest = float(np.maximum(largest, difference))
     if not largest <= tolerance:
-        if file:
-            file.unlink()
-        raise Failed(
-            f"{file or 'the export'} differs from the network by up to {largest:.3g} in its logits "
-            f"(allowed: {tolerance:g}){'; the file was deleted' if file else ''}"
-        )
+        raise reject(f"differs from the network by up to {largest:.3g} in its logits (allowed: {tolerance:g})")
     return {"max_abs_diff": largest}

@@ -177,9 +177,12 @@ def _open_onnx(path: Path, threads: int) -> _Opened:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no base class
         raise BadInput(f"{path} is not a usable ONNX model ({one_line(error)})") from None
-    shape = session.get_inputs()[0].shape if len(session.get_inputs()) == 1 else ()
-    if len(shape) != 4:
+    entries = session.get_inputs()
+    shape: list[int | str] = entries[0].shape
+    if len(entries) != 1 or len(shape) != 4:
         raise BadInput(f"{path} is no image model: it needs one input of shape (N, 3, size, size)")
+    if isinstance(shape[0], int):
+        raise BadInput(f"{path} takes exactly {shape[0]} images at a time; export it with a dynamic batch")
     text = session.get_modelmeta().custom_metadata_map.get("histill", "")
     return partial(OnnxPredictor, session), text, shape[3] if isinstance(shape[3], int) else None
 
@@ -197,9 +200,7 @@ def _open_torchscript(path: Path, threads: int | None) -> _Opened:
     return partial(TorchScriptPredictor, module.eval()), bytes(extra["histill.json"]).decode(errors="replace"), None
 
 
-def write_card(
-    classes: Sequence[str], image_size: int, mpp: float | None, extra: dict[str, Any] | None = None
-) -> str:
+def write_card(classes: Sequence[str], image_size: int, mpp: float | None, extra: dict[str, Any] | None = None) -> str:
     """What an exported file says of itself, as JSON."""
     card = {**(extra or {}), "classes": list(classes), "image_size": image_size, "mpp": mpp}
     return json.dumps(card, ensure_ascii=False, allow_nan=False)

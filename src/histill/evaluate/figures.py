@@ -177,6 +177,8 @@ def training(log: pd.DataFrame, path: Path) -> None:
             ax.grid(True, axis="y")
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.margins(x=0.02)
+            for line in ax.lines if len(log) == 1 else ():
+                line.set_marker("o")
 
 
 def gain(figures: Mapping[str, Any], path: Path, *, title: str = "Distilled minus alone") -> None:
@@ -268,7 +270,7 @@ def frontier(points: Sequence[Point], path: Path) -> None:
         ax.margins(0.15)
         ax.grid(True)
         ax.set(xlabel="milliseconds per image (batch of 1)", ylabel="accuracy, % (95 % interval)")
-        figure.legend(loc="outside lower center", ncols=2, title="area: parameters", labelspacing=0.8)
+        figure.legend(loc="outside lower center", ncols=2, title="area of the marker: parameters", labelspacing=0.8)
 
 
 def softened(logits: Array, temperatures: Sequence[float], classes: Sequence[str], path: Path) -> None:

@@ -18,21 +18,31 @@ from histill.evaluate.metrics import METRICS, Scores, confusion, reliability, ro
 from histill.evaluate.report import Picture, Table, run_report, share
 from histill.files import write_json
 
-__all__ = ["class_rows", "counts", "finish", "predictions", "scores", "tempered"]
+__all__ = ["class_rows", "counts", "finish", "predictions", "scores", "settings", "table_of", "tempered"]
 
 EXTRA = ("macro_precision", "f1_of_means")
 
 
-def predictions(images: Images, rows: NDArray[np.int64], said: dict[str, NDArray[np.float64]]) -> pd.DataFrame:
-    """``predictions.parquet``: image, patient, split, label, prediction, a probability per class (and per exit)."""
+def predictions(
+    images: Images,
+    rows: NDArray[np.int64],
+    said: dict[str, NDArray[np.float64]],
+    *,
+    classes: tuple[str, ...] | None = None,
+) -> pd.DataFrame:
+    """``predictions.parquet``: image, patient, split, label, prediction, a probability per class (and per exit).
+
+    ``classes`` are those of the network, where they are not those of the images.
+    """
+    classes = images.classes if classes is None else classes
     frame = images.frame.iloc[rows]
     table: dict[str, Any] = {"image": frame["path"].tolist(), "patient": frame["patient"].tolist()}
     table |= {"split": frame["split"].tolist(), "label": frame["label"].tolist()}
     probabilities = {name: softmax(logits) for name, logits in said.items()}
-    table["prediction"] = [images.classes[i] for i in probabilities["logits"].argmax(1)]
+    table["prediction"] = [classes[i] for i in probabilities["logits"].argmax(1)]
     for name, p in probabilities.items():
         prefix = "prob_" if name == "logits" else f"{name}_prob_"
-        table |= {f"{prefix}{c}": p[:, i] for i, c in enumerate(images.classes)}
+        table |= {f"{prefix}{c}": p[:, i] for i, c in enumerate(classes)}
     return pd.DataFrame(table)
 
 
@@ -146,6 +156,14 @@ def finish(out: Path, info: dict[str, Any]) -> None:
             versions=info["versions"] | {"device": info["device"], "data": info["data"]["hash"][:12]},
             notices=info["notices"],
         )
+
+
+def table_of(figures: dict[str, Any]) -> str:
+    """Figures by split as text."""
+    names = [n for n in (*METRICS, *EXTRA) if any(n in found for found in figures.values())]
+    lines = [f"{'':20}" + "".join(f"{split:30}" for split in figures)]
+    lines += [f"{n.replace('_', ' '):20}" + "".join(f"{share(f[n]):30}" for f in figures.values()) for n in names]
+    return "\n".join(lines)
 
 
 def settings(info: dict[str, Any]) -> dict[str, Any]:

@@ -76,11 +76,11 @@ def distill_report(
     sections: list[Section] = [
         Cards(_distill_cards(test, efficiency)),
         _comparison(test, over),
+        *_notices([*_doubts(counts, seeds), *notices]),
         *_headed(pictures, "Figures"),
         *tables,
         *_efficiency(efficiency),
         *_export(export),
-        *_notices([*_doubts(counts, seeds), *notices]),
         *_data(counts),
         *_named("Settings", settings),
         *_named("Versions", versions),
@@ -123,7 +123,8 @@ def run_report(
     split = "test" if "test" in metrics else list(metrics)[-1]
     figures = metrics[split]
     keys = [name for name in ("accuracy", "balanced_accuracy", "auroc", "ece") if name in figures]
-    over = _over(counts.get(split, {}), len(figures["accuracy"].get("seeds", [0])))
+    seeds = len(figures["accuracy"].get("seeds", [0]))
+    over = _over(counts.get(split, {}), seeds)
     names = [name for name in (*METRICS, "macro_precision", "f1_of_means") if any(name in m for m in metrics.values())]
     rows = [[TITLES[n], *(_show(n, m[n]) if n in m else "–" for m in metrics.values())] for n in names]
     what = {
@@ -136,11 +137,11 @@ def run_report(
             ["", *metrics],
             rows,
             "Figures by split",
-            "95 % intervals. Model selection used the validation split.",
+            "95 % intervals. The best epoch was chosen on the validation images.",
         ),
+        *_notices([*_doubts(counts, seeds, split), *notices]),
         *_headed(pictures, "Figures"),
         *tables,
-        *_notices([*_doubts(counts, 1, split), *notices]),
         *_data(counts),
         *_named("Settings", settings),
         *_named("Versions", versions),
@@ -205,14 +206,13 @@ def _verdict(test: Mapping[str, Any], counts: Mapping[str, Mapping[str, int]]) -
     right = f"the distilled student is right on {reached} of the test images"
     if low is None:
         return f"Whether distillation helped cannot be said: {right}, but the gain has no interval."
-    moved = f"{_points(value)} {'more' if value > 0 else 'less'} than the same network trained alone"
+    moved = f"{_points(value)} {'more' if value > 0 else 'less'} than" if value else "exactly as many as"
+    moved += " the same network trained alone"
     between = f"({_signed(low)} to {_signed(high)})"
     if low > 0:
         return f"Distillation helped: {right}, {moved} {between}."
     if high < 0:
         return f"Distillation did harm: {right}, {moved} {between}."
-    if low == high == 0:
-        return f"Distillation did not help: {right}, exactly as many as the same network trained alone."
     if value <= 0:
         return f"Distillation did not help: {right}, {moved}; the interval {between} includes zero."
     return f"Distillation is not shown to help: {right}, {moved}, but the interval {between} includes zero."
@@ -227,8 +227,8 @@ def _cost(test: Mapping[str, Any], efficiency: Mapping[str, Any], export: Mappin
     sentences = [f"It is {where}"]
     if efficiency:
         small, fast = _ratios(efficiency)
-        size = f"has {_times(small)} fewer parameters" if small > 1 else f"has {_times(1 / small)} more parameters"
-        speed = f"is {_times(fast)} faster" if fast > 1 else f"is {_times(1 / fast)} slower"
+        size = _compared(small, "has {} fewer parameters", "has {} more parameters", "has as many parameters")
+        speed = _compared(fast, "is {} faster", "is {} slower", "is as fast")
         sentences[0] = f"It is {where}, {size} and {speed}"
     if "int8" in export:
         lost = _number(export["int8"]["accuracy_lost"])
@@ -406,6 +406,12 @@ def _ratios(efficiency: Mapping[str, Any]) -> tuple[float, float]:
 
 def _fold(ratio: float) -> str:
     return f"{ratio:,.0f}×" if ratio >= 20 else f"{ratio:.1f}×" if ratio >= 1 else f"{ratio:.2f}×"
+
+
+def _compared(ratio: float, more: str, less: str, same: str) -> str:
+    if abs(ratio - 1) < 0.05:
+        return same
+    return more.format(_times(ratio)) if ratio > 1 else less.format(_times(1 / ratio))
 
 
 def _times(ratio: float) -> str:

@@ -54,7 +54,9 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
 def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both maps at the smaller of their sizes."""
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
+    # Pooling to the same size changes nothing, but on CUDA its backward has no deterministic form.
+    student, teacher = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
+    return student, teacher
 
 
 class VID(nn.Module):
@@ -83,7 +85,7 @@ class VID(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """``(B, C_s, H_s, W_s)`` and ``(B, C_t, H_t, W_t)`` features -> scalar."""
         student, teacher = _same_size(student, teacher)
-        mean = self.mean(student)
+        mean: Tensor = self.mean(student)
         variance = (F.softplus(self.scale) + self.floor)[:, None, None]
         return ((constant(mean, teacher) - mean).square() / variance + variance.log()).mean() / 2
 
@@ -157,11 +159,13 @@ class _ABF(nn.Module):
 
     def __init__(self, channels: int, width: int, out: int, *, fuse: bool) -> None:
         super().__init__()
-        self.reduce = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
-        self.expand = nn.Sequential(nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out))
-        self.attention = nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid()) if fuse else None
-        for convolution in (self.reduce[0], self.expand[0]):
+        narrow = nn.Conv2d(channels, width, 1, bias=False)
+        spread = nn.Conv2d(width, out, 3, padding=1, bias=False)
+        for convolution in (narrow, spread):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
+        self.reduce = nn.Sequential(narrow, nn.BatchNorm2d(width))
+        self.expand = nn.Sequential(spread, nn.BatchNorm2d(out))
+        self.attention = nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid()) if fuse else None
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: torch.Size) -> tuple[Tensor, Tensor]:
         x = self.reduce(x)
@@ -179,6 +183,6 @@ def _hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
     losses = [F.mse_loss(student, teacher)]
     for size in (4, 2, 1):
         if size < min(student.shape[2:]):
-            pooled = (F.adaptive_avg_pool2d(features, size) for features in (student, teacher))
-            losses.append(F.mse_loss(*pooled) / 2 ** len(losses))
+            error = F.mse_loss(F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size))
+            losses.append(error / 2 ** len(losses))
     return torch.stack(losses).sum() / sum(0.5**level for level in range(len(losses)))

@@ -140,4 +140,5 @@ def dist(student: Tensor, teacher: Tensor, *, beta: float, gamma: float, tempera
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
+    norms: Tensor = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
+    return (a * b).sum(1) / (norms + 1e-8)

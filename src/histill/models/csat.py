@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,8 @@ class Transformer(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # (B, HW, C)
         tokens = tokens + self._attend(self.norm1(tokens))
         tokens = tokens + self.mlp(self.norm2(tokens))
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        out: Tensor = tokens.transpose(1, 2).unflatten(2, (height, width))
+        return out
 
     def _attend(self, tokens: Tensor) -> Tensor:
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, HW, d)
@@ -90,7 +91,7 @@ class SAT(nn.Module):
         summary = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
         attention = self.transformer(self.conv(F.adaptive_avg_pool2d(summary, _MAP)))  # (B, 1, 7, 7)
         attention = F.interpolate(attention, x.shape[-2:], mode="bilinear", align_corners=False)
-        return x * (attention.sigmoid() if self.gate else attention)
+        return x * attention.sigmoid() if self.gate else x * attention
 
 
 class GlobalResponseNorm(nn.Module):
@@ -102,9 +103,10 @@ class GlobalResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        response = x.norm(dim=(1, 2), keepdim=True)
+        response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
         response = response / (response.mean(-1, keepdim=True) + 1e-6)
-        return self.gamma * (x * response) + self.beta + x
+        out: Tensor = self.gamma * (x * response) + self.beta + x
+        return out
 
 
 class SATBlock(nn.Module):
@@ -143,7 +145,7 @@ class CSAT(nn.Module):
         BadInput: Unknown variant or gate, or weights that do not fit.
     """
 
-    widths = dict(zip(("stage1", "stage2", "stage3", "stage4"), _WIDTHS, strict=True))
+    widths: ClassVar = {f"stage{number}": width for number, width in enumerate(_WIDTHS, 1)}
 
     def __init__(
         self,
@@ -201,7 +203,7 @@ class ResNet18SAT(nn.Module):
     ``layer4`` (B, 512, 7, 7); ``pooled`` (B, 512); ``logits`` (B, classes).
     """
 
-    widths = dict(zip(("layer1", "layer2", "layer3", "layer4"), (64, 128, 256, 512), strict=True))
+    widths: ClassVar = {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}
 
     def __init__(
         self,

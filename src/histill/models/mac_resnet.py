@@ -32,7 +32,7 @@ class SqueezeExcite(nn.Module):
         self.expand = nn.Conv2d(channels // 16, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True))))
+        gate: Tensor = self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True))))
         return x * gate.sigmoid()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -55,8 +56,8 @@ class GlobalContext(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.mask(x).flatten(2).softmax(-1)  # (B, 1, HW)
-        context = (x.flatten(2) * weight).sum(-1)[:, :, None, None]  # (B, C, 1, 1)
-        context = self.transform(context)
+        pooled = (x.flatten(2) * weight).sum(-1)[:, :, None, None]  # (B, C, 1, 1)
+        context: Tensor = self.transform(pooled)
         return x + context if self.fusion == "add" else x * context.sigmoid()
 
 
@@ -68,7 +69,7 @@ class Exit(nn.Module):
         widths = _WIDTHS[depth:]
         self.attention = ScanAttention(widths[0]) if attention and len(widths) > 1 else nn.Identity()
         self.context = GlobalContext(widths[0], fusion)
-        self.bottleneck = nn.Sequential(*(SeparableConv(ci, co) for ci, co in zip(widths, widths[1:])))
+        self.bottleneck = nn.Sequential(*(SeparableConv(ci, co) for ci, co in pairwise(widths)))
         self.fc = nn.Linear(_WIDTHS[-1], classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,8 @@ class StarDist(nn.Module):
 def _percentile_scaled(images: Tensor) -> Tensor:
     levels = torch.tensor(_PERCENTILES, dtype=images.dtype, device=images.device)
     low, high = torch.quantile(images.flatten(1), levels, dim=1)[:, :, None, None, None]
-    return (images - low) / (high - low).clamp_min(1e-6)
+    scaled: Tensor = (images - low) / (high - low).clamp_min(1e-6)
+    return scaled
 
 
 def _convs(ci: int, middle: int, co: int) -> nn.Sequential:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from histill.errors import BadInput
 from histill.models.adapter import Timm
@@ -15,8 +16,6 @@ from histill.models.csat import CSAT, ResNet18SAT
 from histill.types import Outputs
 
 __all__ = ["UNet", "UNetDecoder"]
-
-_OWN = {"CSAT": CSAT, "ResNet18SAT": ResNet18SAT}
 
 
 class UNetDecoder(nn.Module):
@@ -59,6 +58,8 @@ class UNet(nn.Module):
         weights: The backbone's; see there.
         arguments: Passed to the backbone.
 
+    What the decoder does not use of the backbone, its head, is frozen, and kept so that a classifier can start from it.
+
     Outputs: the backbone's features (its ``logits`` and ``pooled`` left out) and ``logits`` (B, classes, H, W).
 
     Raises:
@@ -67,14 +68,16 @@ class UNet(nn.Module):
 
     def __init__(self, classes: int = 2, backbone: str = "CSAT", weights: str | None = None, **arguments: Any) -> None:
         super().__init__()
-        if backbone in _OWN:
-            self.backbone: nn.Module = _OWN[backbone](1, weights=weights, **arguments)
-            self.backbone.fc = nn.Identity()
-            widths = _OWN[backbone].widths
+        self.backbone: CSAT | ResNet18SAT | Timm
+        if backbone in ("CSAT", "ResNet18SAT"):
+            self.backbone = (CSAT if backbone == "CSAT" else ResNet18SAT)(1, weights=weights, **arguments)
+            widths = self.backbone.widths
         else:
             self.backbone = Timm(backbone, 0, weights, **arguments)
             widths = _pyramid(backbone, self.backbone)
         self.skips = tuple(widths)
+        for name in _unreached(self.backbone, self.skips):
+            self.backbone.get_parameter(name).requires_grad_(False)
         self.decoder = UNetDecoder(classes, tuple(widths.values()))
 
     def forward(self, images: Tensor) -> Outputs:
@@ -85,7 +88,7 @@ class UNet(nn.Module):
 
 
 def _pyramid(name: str, backbone: Timm) -> dict[str, int]:
-    info = getattr(backbone.network, "feature_info", [])
+    info = backbone.network.feature_info if hasattr(backbone.network, "forward_intermediates") else []
     widths, strides = {}, []
     for number, stage in enumerate(info, 1):
         if stage["reduction"] >= 4:
@@ -94,6 +97,18 @@ def _pyramid(name: str, backbone: Timm) -> dict[str, int]:
     if len(strides) < 2 or strides != [4 * 2**step for step in range(len(strides))]:
         raise BadInput(f"{name} has no pyramid of features at 1/4, 1/8, ...: choose a convolutional backbone")
     return widths
+
+
+def _unreached(network: nn.Module, outputs: Sequence[str]) -> list[str]:
+    """The parameters that these outputs do not depend on: distributed training waits for their gradients in vain."""
+    size = getattr(network, "input_size", 64)
+    with torch.inference_mode(False), torch.enable_grad():
+        weights = {name: weight.detach().to("meta").requires_grad_() for name, weight in network.named_parameters()}
+        buffers = {name: buffer.to("meta") for name, buffer in network.named_buffers()}
+        found = functional_call(network, {**weights, **buffers}, (torch.empty(2, 3, size, size, device="meta"),))
+        reached = torch.stack([found[name].sum() for name in outputs]).sum()
+        gradients = torch.autograd.grad(reached, list(weights.values()), allow_unused=True)
+    return [name for name, gradient in zip(weights, gradients, strict=True) if gradient is None]
 
 
 def _convs(ci: int, co: int) -> nn.Sequential:

@@ -27,7 +27,7 @@ from histill.files import atomic, cache_dir
 __all__ = ["hub", "imagenet", "load_weights", "read_weights"]
 
 _TIMEOUT_S = 5
-_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPERS = ("module.", "_orig_mod.", "backbone.", "network.")
 
 
 def load_weights(
@@ -46,7 +46,8 @@ def load_weights(
         fresh: Glob patterns of names that may keep their initial values: the head, and parts that are new.
         pretrained: The timm network whose ImageNet weights fit, where there is one.
 
-    Names are compared as they are, and with the ``network.`` of Histill's own wrappers put on or taken off.
+    Names are compared without what wrappers put in front of them (``network.``, ``backbone.``, ``module.``), so that
+    a bare network, one inside an adapter and the backbone of a decoder can start from each other.
 
     Raises:
         BadInput: A file that is missing, unreadable or unsafe, or leaves anything but ``fresh`` unfilled.
@@ -60,18 +61,13 @@ def load_weights(
         given = imagenet(pretrained)
     else:
         given = read_weights(weights)
-    own = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith("num_batches_tracked")}
-    spellings = (
-        given,
-        {f"network.{name}": tensor for name, tensor in given.items()},
-        {name.removeprefix("network."): tensor for name, tensor in given.items()},
-    )
-    given = max(spellings, key=lambda names: len(own.keys() & names.keys()))
-
-    fitting = {name: given[name] for name in own if name in given and given[name].shape == own[name].shape}
+    given = {_bare(name): tensor for name, tensor in given.items()}
+    own = module.state_dict()
+    fresh = (*fresh, "*num_batches_tracked")
+    found = {name: given[_bare(name)] for name in own if _bare(name) in given}
+    fitting = {name: tensor for name, tensor in found.items() if tensor.shape == own[name].shape}
     unfilled = [
-        f"{name} {'x'.join(map(str, own[name].shape))}"
-        + (f" (file: {'x'.join(map(str, given[name].shape))})" if name in given else "")
+        f"{name} {_shape(own[name])}" + (f" (file: {_shape(found[name])})" if name in found else "")
         for name in own
         if name not in fitting and not any(fnmatchcase(name, pattern) for pattern in fresh)
     ]
@@ -105,7 +101,7 @@ def read_weights(weights: str | Path) -> dict[str, Tensor]:
         state = state[inner]
     if not isinstance(state, dict):
         raise BadInput(f"{path} holds no named tensors: save a network's state_dict()")
-    return {_unwrapped(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def imagenet(name: str) -> dict[str, Tensor]:
@@ -181,7 +177,12 @@ def _download(address: str) -> Path:
     return path
 
 
-def _unwrapped(name: str) -> str:
+def _bare(name: str) -> str:
+    """A weight's name without what wrappers put in front of it."""
     while prefix := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), None):
         name = name.removeprefix(prefix)
     return name
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"

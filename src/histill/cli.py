@@ -1,0 +1,293 @@
+"""The command line. Thin: the flags of a recipe come from its signature, heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import cyclopts
+
+from histill.errors import BadInput, HistillError
+
+__all__ = ["main"]
+
+app = cyclopts.App(
+    name="histill",
+    help="Distil large medical-image models into small ones, and prove what was gained and lost.\n\n"
+    "For research use only. Not for diagnosis.",
+    version_flags=["--version"],
+    result_action="return_value",
+)
+data_app = cyclopts.App(name="data", help="Look at images, make phantom tissue.", result_action="return_value")
+app.command(data_app)
+
+Format = Literal["onnx", "torchscript", "qupath"]
+Interrupted = 130
+
+
+for _verb, _what in (
+    ("distill", "Teacher, student alone, distilled student; comparison, export, report."),
+    ("train", "Run one experiment, such as dsnet.teacher."),
+    ("study", "A paper's whole set of experiments, beside its own numbers."),
+):
+    app.command(cyclopts.App(name=_verb, help=_what))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 it failed, 2 bad input or arguments, 130 interrupted."""
+    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(tokens: list[str]) -> int:
+    """Run a command and return its exit status; what goes wrong is one line on stderr."""
+    try:
+        if tokens and tokens[0] in ("train", "distill", "study"):
+            from histill.flags import recipe_command
+
+            verb, command = recipe_command(tokens)
+            del app[verb]
+            app.command(command, name=verb)
+        app(tokens, exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        return _fail(2, " ".join(str(error).split()), "see histill --help")
+    except HistillError as error:
+        return _fail(error.status, str(error))
+    except KeyboardInterrupt:
+        return _fail(Interrupted, "interrupted; what was done is kept, go on with --resume where a run was under way")
+    except OSError as error:
+        return _fail(1, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    except MemoryError:
+        return _fail(1, "out of memory; use a smaller --batch-size or --image-size")
+    return 0
+
+
+def _fail(status: int, line: str, hint: str = "") -> int:
+    if os.environ.get("HISTILL_DEBUG"):
+        traceback.print_exc()
+    print(f"histill: {' '.join(line.split())}{f' ({hint})' if hint else ''}", file=sys.stderr)  # noqa: T201
+    return status
+
+
+def _print(value: object) -> None:
+    print(value)  # noqa: T201
+
+
+@app.command
+def demo(*, out: Path = Path("demo"), seed: int = 0) -> None:
+    """The main job on phantom tissue: teacher, student alone, distilled student, comparison, export, report.
+
+    Args:
+        out: where the results go.
+        seed: of the phantom tissue and the trainings.
+    """
+    from histill.demo import demo as work
+    from histill.flags import summary_lines
+
+    summary, page = work(out, seed=seed)
+    _print(summary_lines(summary))
+    _print(f"report: {page}")
+
+
+@app.command
+def evaluate(
+    run: Path,
+    *,
+    data: Path | None = None,
+    patient: str | None = None,
+    out: Path | None = None,
+    code: Path | None = None,
+) -> None:
+    """Figures of a run with 95 % intervals.
+
+    Args:
+        run: a run folder.
+        data: other labelled images to judge it on (a folder of class folders or a manifest).
+        patient: regular expression that reads the patient off an image's path.
+        out: a JSON file for the figures.
+        code: the Python file of a network that is not Histill's.
+    """
+    from histill.evaluate.finish import table_of
+    from histill.evaluate.judge import judge
+    from histill.files import write_json
+
+    figures = judge(run, data, patient=patient, code=code)
+    if out is not None:
+        write_json(out, figures)
+    _print(table_of(figures))
+
+
+@app.command
+def compare(*runs: Path, split: Literal["test", "val"] = "test", out: Path | None = None) -> None:
+    """Runs side by side on the same images, with paired differences from the first.
+
+    Args:
+        runs: run folders, two or more.
+        split: the split that is compared.
+        out: a folder for summary.json.
+    """
+    from histill.compare import compare as work
+    from histill.files import write_json
+
+    found = work(*runs, split=split)
+    if out is not None:
+        write_json(out / "summary.json", found.summary)
+    _print(found)
+
+
+@app.command
+def predict(
+    model: Path, images: Path, *, out: Path, batch_size: int = 32, strict: bool = False, code: Path | None = None
+) -> None:
+    """Class and probabilities of every image in a folder.
+
+    Args:
+        model: a run, an .onnx or a TorchScript file.
+        images: an image, a folder (searched through) or a CSV manifest with a column path.
+        out: a .csv or .parquet file.
+        batch_size: images at once.
+        strict: an unreadable image is an error; otherwise it is named and left out.
+        code: the Python file of a network that is not Histill's.
+    """
+    from histill.deploy.serve import predict as work
+
+    work(model, images, out, batch_size=batch_size, strict=strict, code=code)
+
+
+@app.command
+def export(
+    run: Path,
+    *,
+    format: Format = "onnx",
+    out: Path | None = None,
+    int8: bool = False,
+    mpp: float | None = None,
+    code: Path | None = None,
+) -> None:
+    """The student for deployment, checked against its run on validation images.
+
+    Args:
+        run: a run folder.
+        format: onnx, torchscript, or qupath (the folder that QuPath's WSInfer extension loads).
+        out: the file or folder (default: beside the run's weights).
+        int8: also a static int8 ONNX file, calibrated on validation images.
+        mpp: microns per pixel of the training images, which qupath needs.
+        code: the Python file of a network that is not Histill's.
+    """
+    from histill.deploy.deliver import export as work
+
+    for line in work(run, out, format=format, int8=int8, mpp=mpp, code=code).lines():
+        _print(line)
+
+
+@app.command
+def bench(
+    *models: Path, out: Path | None = None, batch_size: int = 16, seconds: float = 3.0, code: Path | None = None
+) -> None:
+    """Parameters, MACs, file size, memory, latency and images per second, side by side.
+
+    Args:
+        models: runs, .onnx or TorchScript files.
+        out: a folder for summary.json.
+        batch_size: images at once, beside single images.
+        seconds: how long each model is timed, warm-up apart.
+        code: the Python file of a network that is not Histill's.
+    """
+    from histill.deploy.deliver import bench as work
+    from histill.files import write_json
+
+    summary, table = work(models, batch_size=batch_size, seconds=seconds, code=code)
+    if out is not None:
+        write_json(out / "summary.json", summary)
+    _print(table)
+
+
+@app.command
+def recipes() -> None:
+    """The recipes, their parts and what they are."""
+    from histill.experiment import load_recipe, parts
+    from histill.experiment import recipes as names
+
+    for name in names():
+        module, _ = load_recipe(name)
+        _print(f"{name}: {(module.__doc__ or '').strip().splitlines()[0]}")
+        for part in parts(module):
+            _print(f"  {name}.{part}: {(inspect.getdoc(getattr(module, part)) or '').splitlines()[0]}")
+
+
+@app.command
+def losses() -> None:
+    """The losses: when to use which, what it costs, what it needs of the two networks."""
+    from histill.losses.guide import table
+
+    _print(table())
+
+
+@data_app.command
+def check(data: Path, *, patient: str | None = None, out: Path | None = None, strict: bool = False) -> None:
+    """Classes, sizes, copies across splits, unreadable files, a contact sheet.
+
+    Args:
+        data: a folder of class folders or a CSV manifest.
+        patient: regular expression that reads the patient off an image's path.
+        out: a folder for check.json and the contact sheet images.png.
+        strict: an unreadable image is an error.
+    """
+    from histill.data import read_images
+    from histill.data.check import check as work
+
+    found = work(read_images(data, patient=patient), out)
+    _print(found)
+    problems = [*found.errors, *(found.summary["unreadable"] if strict else [])]
+    if problems:
+        raise BadInput(problems[0])
+
+
+@data_app.command
+def phantom(
+    out: Path,
+    *,
+    patients: int = 60,
+    images_per_patient: int = 8,
+    size: int = 96,
+    kinds: list[str] | None = None,
+    unlabelled: int = 0,
+    masks: bool = False,
+    slide: bool = False,
+    seed: int = 0,
+) -> None:
+    """Phantom tissue: H&E-like images with patients, scanners and masks, or a whole pyramidal slide.
+
+    Args:
+        out: a folder for the images and manifest.csv, or with --slide a .tiff file.
+        patients: how many.
+        images_per_patient: how many of each.
+        size: height and width in pixels.
+        kinds: tissue kinds (default: benign and malignant).
+        unlabelled: how many further images without labels.
+        masks: also nucleus masks.
+        slide: one slide instead of images.
+        seed: of everything.
+    """
+    from histill.data import phantom as draw
+
+    if slide:
+        _print(draw.write_slide(out, seed=seed))
+        return
+    chosen = tuple(kinds) if kinds else ("benign", "malignant")
+    _print(
+        draw.write_images(
+            out,
+            kinds=chosen,
+            patients=patients,
+            images_per_patient=images_per_patient,
+            size=size,
+            unlabelled=unlabelled,
+            masks=masks,
+            seed=seed,
+        )
+    )

@@ -1,0 +1,56 @@
+"""Figures of a run: those of its own test images, or on other labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from histill.data.images import read_images
+from histill.data.packed import pack
+from histill.errors import BadInput
+from histill.evaluate.finish import EXTRA, predictions, scores
+from histill.evaluate.intervals import figures_with_intervals, per_class_table
+from histill.evaluate.metrics import METRICS
+from histill.evaluate.predict import predict_rows
+from histill.progress import notice
+from histill.run import Run
+
+__all__ = ["judge"]
+
+
+def judge(
+    run: Run | str | Path, data: str | Path | None = None, *, patient: str | None = None, code: Path | None = None
+) -> dict[str, Any]:
+    """Figures with 95 % intervals.
+
+    Args:
+        run: a run or its folder.
+        data: labelled images from elsewhere, all of which are judged; without it the run's own splits.
+        patient: regular expression that reads the patient off an image's path.
+        code: the Python file of a network that is not Histill's.
+
+    Returns:
+        By split (``data`` for images from elsewhere), by metric, ``{"value", "low", "high"}``; also ``per_class``.
+
+    Raises:
+        BadInput: no finished run, or labels that it was not trained on.
+    """
+    run = run if isinstance(run, Run) else Run.open(run, code=code)
+    if not run.finished:
+        raise BadInput(f"{run.path} is not finished (status: {run.info['status']}); go on with --resume")
+    if data is None:
+        return {s: f for s, f in run.metrics.items() if isinstance(f, dict)}
+    images = read_images(data, patient=patient)
+    if unknown := sorted(set(images.classes) - set(run.classes)):
+        raise BadInput(f"{data}: labels that {run.path} was not trained on: {', '.join(unknown)}")
+    packed = pack(images, run.image_size)
+    for line in packed.images.notices:
+        notice(line)
+    rows = np.arange(len(packed.images))
+    said = predict_rows(run.network(), packed, rows)
+    table = predictions(packed.images, rows, said, classes=run.classes)
+    found = scores(table, run.classes, positive=run.info["positive"])
+    figures: dict[str, Any] = figures_with_intervals(found, names=[*(n for n in METRICS if n != "agreement"), *EXTRA])
+    return {"data": figures | {"per_class": per_class_table(found, run.classes)}}

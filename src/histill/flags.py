@@ -1,0 +1,300 @@
+"""Commands of recipes: the flags come from the recipe's signature, the help from its docstring."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from histill.errors import BadInput
+from histill.files import read_json, write_json
+from histill.progress import say
+
+__all__ = ["recipe_command", "summary_lines"]
+
+
+def recipe_command(tokens: list[str]) -> tuple[str, Any]:
+    """The verb and the function of the recipe that ``tokens`` name, with the recipe's own flags.
+
+    With ``--resume`` the recipe's name is read from ``--out`` and put into ``tokens``.
+    """
+    verb, name = tokens[0], tokens[1] if len(tokens) > 1 and not tokens[1].startswith("-") else ""
+    if not name and "--resume" in tokens and "--out" in tokens:
+        name = _recorded(verb, Path(tokens[tokens.index("--out") + 1]))
+        tokens.insert(1, name)
+    if not name:
+        if {"--help", "-h"} & set(tokens):
+            return verb, _named(verb)
+        from histill.experiment import recipes
+
+        raise BadInput(f"histill {verb} needs a recipe: {', '.join(recipes())}, or file.py:function")
+    builders = {"train": _train_command, "distill": _distill_command, "study": _study_command}
+    return verb, builders[verb](name)
+
+
+def _named(verb: str) -> Any:
+    """What ``histill VERB --help`` shows before a recipe is named."""
+
+    def command(recipe: str, /) -> None: ...
+
+    what = {"train": "Run one experiment, such as dsnet.teacher.", "study": "Run a paper's whole set of experiments."}
+    first = what.get(verb, "Teacher, student alone, distilled student; comparison, export, report.")
+    hint = f"Name the recipe to see its flags: histill {verb} dsnet --help"
+    command.__doc__ = f"{first}\n\n{hint}\n\nArgs:\n    recipe: a name (histill recipes) or file.py:function."
+    return command
+
+
+def _recorded(verb: str, out: Path) -> str:
+    """The recipe of what ``out`` holds."""
+    from histill.distill import resumed
+
+    if verb == "distill":
+        return str(resumed(out)["recipe"])
+    if not (out / "run.json").is_file():
+        raise BadInput(f"--resume: {out} holds no run (no run.json in it)")
+    return str(read_json(out / "run.json")["recipe"]["name"])
+
+
+_COMMON: tuple[tuple[str, Any, Any, str], ...] = (
+    ("data", Path | None, None, "a folder of class folders (optionally under train/ val/ test/) or a CSV manifest."),
+    ("out", Path, inspect.Parameter.empty, "where the results go."),
+    ("val", float, 0.15, "share of the images for validation, where the data brings no split."),
+    ("test", float, 0.15, "share of the images for the test, where the data brings no split."),
+    ("patient", str | None, None, "regular expression that reads the patient off an image's path."),
+    ("device", str, "auto", "auto, cpu, cuda or mps."),
+    ("precision", str, "auto", "auto, 32-true, bf16-mixed, ... (Lightning Fabric's names)."),
+    ("resume", bool, False, "go on with what --out holds; needs --out alone."),
+)
+_PATHS = {
+    "teacher": "a run to learn from; without it the student learns alone.",
+    "unlabelled": "a folder of further images, which join with the teacher's word only.",
+}
+
+
+def _signature(function: Callable[..., Any]) -> dict[str, tuple[Any, Any, str]]:
+    """A recipe's arguments as flags: name -> type, default, help. Runs and tables are given as paths."""
+    described = _docs(function)
+    hints = get_type_hints(inspect.unwrap(function))
+    flags: dict[str, tuple[Any, Any, str]] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name == "data":
+            continue
+        if name in _PATHS:
+            flags[name] = (Path | None, None, _PATHS[name])
+        else:
+            flags[name] = (hints.get(name, str), parameter.default, described.get(name, ""))
+    return flags
+
+
+def _docs(function: Callable[..., Any]) -> dict[str, str]:
+    """The ``Args`` of a docstring."""
+    doc = inspect.getdoc(function) or ""
+    found: dict[str, str] = {}
+    for line in doc.partition("Args:\n")[2].split("\n\n")[0].splitlines():
+        name, colon, text = line.strip().partition(": ")
+        if line.startswith("    ") and not line.startswith("     ") and colon and name.isidentifier():
+            found[name] = text
+        elif found:
+            found[list(found)[-1]] += " " + line.strip()
+    return found
+
+
+def _command(doc: str, flags: dict[str, tuple[Any, Any, str]], work: Callable[[dict[str, Any]], Any]) -> Any:
+    """A function of the given flags for cyclopts; ``work`` gets those that were given, and all values."""
+
+    def command(recipe: str, /, **values: Any) -> Any:
+        return work(values)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    first = inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_ONLY, annotation=str)
+    parameters = [inspect.Parameter(n, keyword, annotation=t, default=d) for n, (t, d, _) in flags.items()]
+    command.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
+    command.__annotations__ = {"recipe": str} | {n: t for n, (t, _, _) in flags.items()}
+    lines = "\n".join(f"    {n}: {text}" for n, (_, _, text) in flags.items())
+    command.__doc__ = f"{doc}\n\nArgs:\n    recipe: a recipe's name, or file.py:function.\n{lines}\n"
+    return command
+
+
+def _merged(*some: dict[str, tuple[Any, Any, str]]) -> dict[str, tuple[Any, Any, str]]:
+    return {name: flag for flags in some for name, flag in flags.items()}
+
+
+def _common(*names: str) -> dict[str, tuple[Any, Any, str]]:
+    return {n: (t, d, h) for n, t, d, h in _COMMON if not names or n in names}
+
+
+def _train_command(name: str) -> Any:
+    from histill.experiment import load_recipe, parts
+
+    module, part = load_recipe(name)
+    if not part:
+        raise BadInput(f"histill train runs one part of {name}: {', '.join(f'{name}.{p}' for p in parts(module))}")
+    function = getattr(module, part)
+    extra = {
+        "logger": (list[str] | None, None, "tensorboard, mlflow or wandb, beside log.csv."),
+        "compile": (bool, False, "compile the network with torch.compile."),
+        "code": (Path | None, None, "the Python file of a teacher's network that is not Histill's."),
+    }
+    flags = _merged(_common(), _signature(function), extra)
+    return _command(f"Run one experiment: {name}.", flags, lambda values: _train(name, function, flags, values))
+
+
+def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str, Any]) -> None:
+    from histill.data import read_unlabelled
+    from histill.distill import read_parts
+    from histill.loop import train
+    from histill.run import Run
+
+    values = {n: d for n, (_, d, _) in flags.items()} | values
+    out: Path = values.pop("out")
+    if values["resume"]:
+        recorded = read_json(out / "run.json")
+        if recorded["status"] == "finished":
+            say(f"{out} is finished; nothing to do")
+            return
+        if not recorded.get("command"):
+            raise BadInput(f"{out} was not started by histill train; resume what started it, in the folder above")
+        values = _agreed(values, flags, recorded["command"])
+    elif (out / "run.json").exists():
+        raise BadInput(f"{out} holds a run already; go on with --resume, or give another --out")
+    if values["data"] is None:
+        raise BadInput("--data: give a folder of class folders or a CSV manifest")
+    record = {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if n != "resume"}
+    own = {
+        n: values.pop(n)
+        for n in ("data", "val", "test", "patient", "device", "precision", "resume", "logger", "compile", "code")
+    }
+    images = read_parts(
+        Path(own["data"]), val=own["val"], test=own["test"], seed=values["seed"], patient=own["patient"]
+    )
+    if values.get("teacher"):
+        values["teacher"] = Run.open(values["teacher"], code=own["code"])
+    if values.get("unlabelled"):
+        values["unlabelled"] = read_unlabelled(values["unlabelled"])
+    done = train(
+        function(data=images, **values),
+        out,
+        resume=own["resume"],
+        device=own["device"],
+        precision=own["precision"],
+        loggers=own["logger"] or (),
+        compile=own["compile"],
+        command=record,
+    )
+    say(f"{done.path / 'report.html'}")
+
+
+def _agreed(values: dict[str, Any], flags: Any, recorded: dict[str, Any]) -> dict[str, Any]:
+    """The recorded arguments; one given beside them must agree."""
+    for name, (_, default, _) in flags.items():
+        if name in ("out", "resume") or name not in recorded:
+            continue
+        given = str(values[name]) if isinstance(values[name], Path) else values[name]
+        if given != default and given != recorded[name]:
+            raise BadInput(
+                f"--{name.replace('_', '-')} {given} differs from the run's {recorded[name]}; --resume needs --out alone"
+            )
+    return values | {n: v for n, v in recorded.items() if n in flags} | {"resume": True}
+
+
+def _distill_command(name: str) -> Any:
+    from histill.distill import SHARED
+    from histill.experiment import load_recipe, parts
+
+    module, _ = load_recipe(name)
+    if not callable(getattr(module, "student", None)):
+        raise BadInput(f"{name} has no function 'student'")
+    student = _signature(module.student)
+    teacher = _signature(module.teacher) if "teacher" in parts(module) else {}
+    own = {
+        f"teacher_{n}": (
+            t | None,
+            None,
+            f"the teacher's; {h}" if n not in SHARED else f"the teacher's (default: --{n.replace('_', '-')})",
+        )
+        for n, (t, _, h) in teacher.items()
+        if n not in ("seed", "positive", "strict")
+    }
+    extra = {
+        "seeds": (int, 1, "how many times, with seeds that follow --seed; the split stays."),
+        "code": (Path | None, None, "the Python file of a teacher's network that is not Histill's."),
+    }
+    flags = _merged(
+        _common(),
+        extra,
+        student,
+        {"teacher": (Path | None, None, "a trained teacher's run; without it one is trained.")},
+        own,
+    )
+    doc = f"Teacher, student alone, distilled student; comparison, export, report. Recipe: {name}."
+    return _command(doc, flags, lambda values: _distill(name, list(student), list(teacher), flags, values))
+
+
+def _distill(name: str, student: list[str], teacher: list[str], flags: Any, values: dict[str, Any]) -> None:
+    from histill.distill import distill, read_parts, resumed, shared_arguments
+
+    values = {n: d for n, (_, d, _) in flags.items()} | values
+    out: Path = values.pop("out")
+    if values["resume"]:
+        recorded = resumed(out)
+        if (out / "summary.json").is_file():
+            say(f"{out} is finished; nothing to do")
+            return
+        values = _agreed(values, flags, recorded["arguments"])
+    elif any((out / file).exists() for file in ("distill.json", "run.json")):
+        raise BadInput(f"{out} holds a run already; go on with --resume, or give another --out")
+    if values["data"] is None:
+        raise BadInput("--data: give a folder of class folders or a CSV manifest")
+    record = {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if n != "resume"}
+    # Bad images are found before the folder is taken.
+    read_parts(
+        Path(values["data"]), val=values["val"], test=values["test"], seed=values["seed"], patient=values["patient"]
+    )
+    write_json(out / "distill.json", {"recipe": name, "arguments": record})
+    summary = distill(
+        name,
+        Path(values["data"]),
+        out,
+        **{n: Path(values[n]) if values[n] else None for n in ("teacher", "unlabelled", "code") if n in values},
+        **{n: values[n] for n in ("seeds", "seed", "val", "test", "patient", "device", "precision", "resume")},
+        student_arguments={n: values[n] for n in student if n not in ("teacher", "unlabelled", "seed")},
+        teacher_arguments=shared_arguments(teacher, values),
+    )
+    print(summary_lines(summary))  # noqa: T201
+    print(f"report: {out / 'report.html'}")  # noqa: T201
+
+
+def summary_lines(summary: dict[str, Any]) -> str:
+    from histill.evaluate.report import difference, share
+
+    shown = ("accuracy", "balanced_accuracy", "auroc")
+    lines = [f"{'test':20}" + "".join(f"{m.replace('_', ' '):28}" for m in shown)]
+    for role in ("teacher", "student_alone", "student_distilled"):
+        lines.append(f"{role.replace('_', ' '):20}" + "".join(f"{share(summary['test'][role][m]):28}" for m in shown))
+    gain = summary["test"]["gain"]
+    lines.append(f"{'gain':20}" + "".join(f"{difference(gain[m]):28}" for m in shown))
+    return "\n".join(lines)
+
+
+def _study_command(name: str) -> Any:
+    from histill.experiment import load_recipe
+
+    module, _ = load_recipe(name)
+    if not callable(getattr(module, "study", None)):
+        raise BadInput(f"there is no study {name}")
+    flags = _merged(_common("data", "out", "val", "test", "patient", "device", "precision"), _signature(module.study))
+    flags.pop("resume", None)
+    first = inspect.getdoc(module.study) or name
+
+    def work(values: dict[str, Any]) -> None:
+        from histill.distill import read_parts
+
+        values = {n: d for n, (_, d, _) in flags.items()} | values
+        if values["data"] is None:
+            raise BadInput("--data: give a folder of class folders or a CSV manifest")
+        own = {n: values.pop(n) for n in ("val", "test", "patient")}
+        images = read_parts(values.pop("data"), seed=values["seed"], **own)
+        print(module.study(images, **values))  # noqa: T201
+
+    return _command(first.splitlines()[0], flags, work)
