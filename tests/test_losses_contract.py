@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from histill import losses
 from histill.errors import BadInput
+from histill.losses.guide import table
 from histill.types import Terms, total
 
 CLASSES = 5
@@ -246,3 +247,13 @@ def test_refuses_a_teacher_of_another_shape(name: str) -> None:
 def test_the_guide_has_a_row_for_every_loss() -> None:
     assert {row.name for row in losses.GUIDE} == set(losses.__all__) - {"GUIDE"}
     assert all(vars(row).values() for row in losses.GUIDE)
+
+
+def test_the_printed_guide_names_every_family_once_and_every_loss() -> None:
+    lines = table().splitlines()
+    families = [line for line in lines if line and not line.startswith(" ")]
+    assert len(families) == len(set(families))
+    assert set(families) == {row.family for row in losses.GUIDE}
+    assert [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "] == [
+        row.name for row in losses.GUIDE
+    ]

@@ -36,7 +36,9 @@ def demo(out: Path, *, seed: int = 0) -> tuple[dict[str, Any], Path]:
     if not tissue.exists():
         say("drawing phantom tissue")
         write_images(tissue, seed=seed, **TISSUE)
-    write_json(out / "distill.json", {"recipe": "dsnet", "arguments": {"data": str(tissue / "manifest.csv"), "seed": seed}})
+    write_json(
+        out / "distill.json", {"recipe": "dsnet", "arguments": {"data": str(tissue / "manifest.csv"), "seed": seed}}
+    )
     summary = distill(
         "dsnet",
         tissue / "manifest.csv",

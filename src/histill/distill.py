@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from histill.data.decode import load
 from histill.data.images import Images, read_images, read_unlabelled
 from histill.data.splits import split
 from histill.errors import BadInput
 from histill.evaluate import figures
 from histill.evaluate.calibration import fit_temperature
-from histill.evaluate.finish import class_rows, counts, scores, settings, tempered
+from histill.evaluate.finish import class_rows, counts, gallery_of, scores, settings, tempered
 from histill.evaluate.intervals import figures_over_seeds, figures_with_intervals, paired_gain
 from histill.evaluate.metrics import METRICS, Scores, confusion, reliability, roc_curve
 from histill.evaluate.report import Picture, distill_report
@@ -86,7 +84,7 @@ def distill(
             raise BadInput("no test images: nothing could be proven; give --test a share above 0")
         more = None if unlabelled is None else read_unlabelled(unlabelled)
         given = None if teacher is None else Run.open(teacher, code=code)
-        machine = {"device": device, "precision": precision, "resume": resume}
+        machine: dict[str, Any] = {"device": device, "precision": precision, "resume": resume}
         runs: list[dict[str, Run]] = []
         for number in range(seeds):
             home = out / f"seed{number}" if seeds > 1 else out
@@ -167,7 +165,9 @@ def _prove(recipe: str, out: Path, images: Images, runs: list[dict[str, Run]]) -
     distill_report(
         out,
         summary,
-        subtitle=f"{recipe.rsplit('/', 1)[-1]} · {images.root.resolve().name} · {len(runs)} seed{'s' * (len(runs) > 1)}",
+        subtitle=" · ".join(
+            [recipe.rsplit("/", 1)[-1], images.root.resolve().name, f"{len(runs)} seed{'s' * (len(runs) > 1)}"]
+        ),
         counts=counts(info, tables[0]["student_distilled"]),
         pictures=pictures,
         tables=[class_rows(judged["student_distilled"][0], images.classes)],
@@ -195,7 +195,8 @@ def _teacher_notices(trio: dict[str, Run]) -> list[str]:
         lines.append("The teacher started from random weights, not from ImageNet.")
     if teacher is not None and alone is not None and teacher < alone:
         lines.append(
-            f"The teacher is worse than the student alone on validation (balanced accuracy {teacher:.3f} and {alone:.3f})."
+            "The teacher is worse than the student alone on validation "
+            f"(balanced accuracy {teacher:.3f} and {alone:.3f})."
         )
     return lines
 
@@ -223,32 +224,13 @@ def _pictures(out: Path, images: Images, judged: dict[str, Scores], test: dict[s
     shown.append(
         Picture(home / "reliability.png", "Calibration of the distilled student; temperature fitted on validation.")
     )
-    gallery = _gallery(images, table)
-    figures.gallery(*gallery, classes, home / "gallery.png")
-    shown.append(
-        Picture(home / "gallery.png", "Distilled student: surest mistakes first, then images it had right.")
-    )
+    figures.gallery(*gallery_of(images, table), classes, home / "gallery.png")
+    shown.append(Picture(home / "gallery.png", "Distilled student: surest mistakes first, then images it had right."))
     return shown
 
 
 def _first(figure: dict[str, Any]) -> dict[str, Any]:
     return {key: figure[key] for key in ("value", "low", "high")}
-
-
-def _gallery(images: Images, table: Any, most: int = 12) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Test images: up to half of them the surest mistakes, the rest evenly from what was right."""
-    test = table[table["split"] == "test"].reset_index(drop=True)
-    p = test[[f"prob_{c}" for c in images.classes]].to_numpy()
-    labels = test["label"].map({c: i for i, c in enumerate(images.classes)}).to_numpy()
-    wrong = np.flatnonzero(p.argmax(1) != labels)
-    wrong = wrong[np.argsort(-p[wrong].max(1), kind="stable")][: most // 2]
-    right = np.flatnonzero(p.argmax(1) == labels)
-    right = (
-        right[np.linspace(0, len(right) - 1, min(most - len(wrong), len(right))).astype(int)] if len(right) else right
-    )
-    rows = np.concatenate([wrong, right]).astype(int)
-    pictures = np.stack([load(images.root / test["image"][r], 160).transpose(1, 2, 0) for r in rows])
-    return pictures, labels[rows], p[rows]
 
 
 def resumed(out: Path) -> dict[str, Any]:

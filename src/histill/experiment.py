@@ -161,8 +161,34 @@ def parts(module: ModuleType) -> list[str]:
 
 def recipes() -> list[str]:
     """The names of the recipes that come with Histill."""
-    folder = Path(__file__).parent / "recipes"
-    return sorted(p.stem.replace("_", "-") for p in folder.glob("*.py") if not p.stem.startswith("_"))
+    return _modules("recipes")
+
+
+def studies() -> list[str]:
+    """The names of the studies that come with Histill."""
+    return _modules("studies")
+
+
+def _modules(room: str) -> list[str]:
+    paths = (Path(__file__).parent / room).glob("*.py")
+    return sorted(p.stem.replace("_", "-") for p in paths if not p.stem.startswith("_"))
+
+
+def load_study(name: str) -> Callable[..., str]:
+    """A study of ours by name, or a user's as ``file.py:function``.
+
+    Raises:
+        BadInput: no such study; the line lists what there is.
+    """
+    if ".py" in name:
+        module, part = load_recipe(name)
+    elif name in studies():
+        module, part = importlib.import_module(f"histill.studies.{name.replace('-', '_')}"), "study"
+    else:
+        raise BadInput(f"no study {name!r}; there are {', '.join(studies())}, or give file.py:function")
+    if not callable(getattr(module, part, None)):
+        raise BadInput(f"{name}: no function {part!r} in it")
+    return getattr(module, part)  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -26,9 +26,11 @@ def recipe_command(tokens: list[str]) -> tuple[str, Any]:
     if not name:
         if {"--help", "-h"} & set(tokens):
             return verb, _named(verb)
-        from histill.experiment import recipes
+        from histill.experiment import recipes, studies
 
-        raise BadInput(f"histill {verb} needs a recipe: {', '.join(recipes())}, or file.py:function")
+        there = studies() if verb == "study" else recipes()
+        what = "study" if verb == "study" else "recipe"
+        raise BadInput(f"histill {verb} needs a {what}: {', '.join(there)}, or file.py:function")
     builders = {"train": _train_command, "distill": _distill_command, "study": _study_command}
     return verb, builders[verb](name)
 
@@ -193,7 +195,8 @@ def _agreed(values: dict[str, Any], flags: Any, recorded: dict[str, Any]) -> dic
         given = str(values[name]) if isinstance(values[name], Path) else values[name]
         if given != default and given != recorded[name]:
             raise BadInput(
-                f"--{name.replace('_', '-')} {given} differs from the run's {recorded[name]}; --resume needs --out alone"
+                f"--{name.replace('_', '-')} {given} differs from the run's {recorded[name]}; "
+                "--resume needs --out alone"
             )
     return values | {n: v for n, v in recorded.items() if n in flags} | {"resume": True}
 
@@ -252,11 +255,12 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
         Path(values["data"]), val=values["val"], test=values["test"], seed=values["seed"], patient=values["patient"]
     )
     write_json(out / "distill.json", {"recipe": name, "arguments": record})
+    paths: dict[str, Any] = {n: values.get(n) and Path(values[n]) for n in ("teacher", "unlabelled", "code")}
     summary = distill(
         name,
         Path(values["data"]),
         out,
-        **{n: Path(values[n]) if values[n] else None for n in ("teacher", "unlabelled", "code") if n in values},
+        **paths,
         **{n: values[n] for n in ("seeds", "seed", "val", "test", "patient", "device", "precision", "resume")},
         student_arguments={n: values[n] for n in student if n not in ("teacher", "unlabelled", "seed")},
         teacher_arguments=shared_arguments(teacher, values),
@@ -278,14 +282,11 @@ def summary_lines(summary: dict[str, Any]) -> str:
 
 
 def _study_command(name: str) -> Any:
-    from histill.experiment import load_recipe
+    from histill.experiment import load_study
 
-    module, _ = load_recipe(name)
-    if not callable(getattr(module, "study", None)):
-        raise BadInput(f"there is no study {name}")
-    flags = _merged(_common("data", "out", "val", "test", "patient", "device", "precision"), _signature(module.study))
-    flags.pop("resume", None)
-    first = inspect.getdoc(module.study) or name
+    function = load_study(name)
+    flags = _merged(_common("data", "out", "val", "test", "patient", "device", "precision"), _signature(function))
+    first = inspect.getdoc(function) or name
 
     def work(values: dict[str, Any]) -> None:
         from histill.distill import read_parts
@@ -295,6 +296,6 @@ def _study_command(name: str) -> Any:
             raise BadInput("--data: give a folder of class folders or a CSV manifest")
         own = {n: values.pop(n) for n in ("val", "test", "patient")}
         images = read_parts(values.pop("data"), seed=values["seed"], **own)
-        print(module.study(images, **values))  # noqa: T201
+        print(function(images, **values))  # noqa: T201
 
     return _command(first.splitlines()[0], flags, work)

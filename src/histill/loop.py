@@ -379,7 +379,7 @@ def _teacher(experiment: Experiment, packed: Packed) -> Teacher | None:
 
 
 class _Average:
-    """Exponential moving average of weights and buffers; the decay starts low so that the first weights are forgotten."""
+    """Exponential moving average of weights and buffers; the decay starts low to forget the first ones."""
 
     def __init__(self, student: nn.Module, decay: float, device: torch.device) -> None:
         self.decay = decay

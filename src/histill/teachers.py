@@ -178,7 +178,8 @@ class Cached:
             if bytes_ > free:
                 raise Failed(f"the teacher's cache takes {bytes_ / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB")
             say(
-                f"teacher's cache: {self.shape[1]} images x {self.shape[0]} views, {bytes_ / 1e6:.1f} MB in {self.folder}"
+                f"teacher's cache: {self.shape[1]} images x {self.shape[0]} views, {bytes_ / 1e6:.1f} MB, "
+                f"in {self.folder}"
             )
         for name, shape in shapes.items():
             self._stores[name] = _shared(self.folder / f"{name}.npy", shape, self.dtype)

@@ -118,7 +118,8 @@ def read_images(source: str | Path, *, patient: str | None = None) -> Images:
     Args:
         source: the folder, or a CSV file with ``path,label`` and optional ``patient,split,mask,site``; its paths are
             relative to it and stay inside its folder.
-        patient: a regular expression that reads the patient off an image's relative path: its first group, or all of it.
+        patient: a regular expression that reads the patient off an image's relative path: its first group,
+            or all of it.
 
     Raises:
         BadInput: nothing there, an empty class, one class only, a manifest that is malformed, a path that is missing

@@ -226,10 +226,13 @@ class _Fibres:
         origin = np.zeros(1, np.int64)
         turn = 2 * np.pi * float(uniform(hashed(key, 1, origin, origin))[0])
         x, y = window.xs_um[None, :], window.ys_um[:, None]
-        bend = 30 * noise(key, 2, window, 110.0) + 4 * noise(key, 3, window, 28.0)
-        across = np.cos(turn) * y - np.sin(turn) * x + bend
-        down, right = np.gradient(across)
-        return cls(key, np.cos(turn) * x + np.sin(turn) * y, across, np.arctan2(-right, down))
+        wide = window.pad(1)
+        bend = 30 * noise(key, 2, wide, 110.0) + 4 * noise(key, 3, wide, 28.0)
+        right = (bend[1:-1, 2:] - bend[1:-1, :-2]) / (2 * window.mpp) - np.sin(turn)
+        down = (bend[2:, 1:-1] - bend[:-2, 1:-1]) / (2 * window.mpp) + np.cos(turn)
+        along = np.cos(turn) * x + np.sin(turn) * y
+        across = np.cos(turn) * y - np.sin(turn) * x + bend[1:-1, 1:-1]
+        return cls(key, along, across, np.arctan2(-right, down))
 
     def eosin(self, where: NDArray[np.bool_], mpp: float) -> Array:
         """Eosin of the collagen at the pixels of ``where``, zero elsewhere."""
@@ -322,7 +325,7 @@ def stain_tissue(key: int, window: Window, parts: list[tuple[Kind, Array]]) -> S
     haze = 0.03 * present + own * (0.06 + 0.02 * cloudy)  # ribosomes, and what lies out of focus
     solid = 1 - clear
     amounts[0] += (1 - nucleus) * np.clip(haze * solid, 0, None)
-    amounts[1] += (1 - nucleus) * np.clip(eosin * solid + line, 0, None)
+    amounts[1] += (1 - nucleus) * np.clip((eosin + line) * solid, 0, None)
     granules = np.clip((noise(key, 73, window, 0.7) - 0.25) * 1.6, 0, 1.6)
     amounts[2] = 0.9 * granules * carried * np.exp(-gap / 3.2) * (1 - 0.8 * nucleus) * solid * present
     return Stains(amounts, labels, own > 0.5)

@@ -28,7 +28,7 @@ MASK_DOWNSAMPLE = 16
 
 HALO_UM = 32.0  # what lies further away than this does not change a pixel
 BLOCK_PX = 768
-PEN_INK = np.array([1.1, 0.75, 0.18])  # blue felt pen, optical density
+PEN_INK = np.array([0.8, 0.55, 0.14])  # blue felt pen, optical density
 
 Pixels = NDArray[np.uint8]
 
@@ -217,9 +217,13 @@ def write_slide(
             f"phantom: width={width} and height={height} must be at least 16, mpp={mpp} in (0, 16], "
             f"seed={seed}, patient={patient} and scanner={scanner} not negative, and kinds not empty"
         )
+    if (levels is not None and levels < 1) or not 1 <= quality <= 95:
+        raise BadInput(f"phantom: levels={levels} must be at least 1, quality={quality} 1 to 95")
     sizes = [(height, width)]
     while (len(sizes) < levels) if levels is not None else max(sizes[-1]) > 1024:
         sizes.append((sizes[-1][0] // downsample, sizes[-1][1] // downsample))
+        if min(sizes[-1]) < 1:
+            break
     if min(sizes[-1]) < 1:
         raise BadInput(f"phantom: {width} x {height} has no {levels} levels at a downsample of {downsample}")
 

@@ -222,4 +222,8 @@ def _accuracy(run: Run, predictor: Predictor) -> dict[str, float]:
 
 
 def _provenance(run: Run) -> dict[str, Any]:
-    return {"recipe": run.info["recipe"].get("name"), "data": run.info["data"]["hash"], "histill": run.info["versions"].get("histill")}
+    return {
+        "recipe": run.info["recipe"].get("name"),
+        "data": run.info["data"]["hash"],
+        "histill": run.info["versions"].get("histill"),
+    }

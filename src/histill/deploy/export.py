@@ -98,6 +98,7 @@ def to_onnx(
                 input_names=["images"],
                 output_names=["logits"],
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                custom_translation_table={torch.ops.aten.adaptive_max_pool2d.default: _adaptive_max_pool},
                 verbose=False,
             )
         except RuntimeError as error:
@@ -114,6 +115,32 @@ def to_onnx(
     with atomic(Path(path)) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
     return Path(path)
+
+
+def _adaptive_max_pool(images: Any, output_size: Sequence[int]) -> Any:
+    """Adaptive max pooling in ONNX, which the exporter lacks: a maximum over each of the windows that PyTorch takes."""
+    from onnxscript import opset18 as op
+
+    pooled = images
+    for axis, count in zip((2, 3), output_size):
+        size = images.shape[axis]
+        windows = [(index * size // count, -(-(index + 1) * size // count)) for index in range(count)]
+        cut = [op.Slice(pooled, _ints(start), _ints(end), _ints(axis)) for start, end in windows]
+        pooled = op.Concat(*(op.ReduceMax(part, _ints(axis)) for part in cut), axis=axis)
+    return pooled, pooled  # the second is where PyTorch gives the places of the maxima
+
+
+def _ints(*values: int) -> Any:
+    from onnxscript import opset18 as op
+
+    return op.Constant(value_ints=values)
+
+
+def _cause(error: BaseException) -> str:
+    """The line of the first error in a chain: the exporter's last one only says that there was another."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error)
 
 
 def to_torchscript(

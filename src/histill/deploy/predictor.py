@@ -227,7 +227,7 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
     return dict(card)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The first line of a foreign error, without its full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 

@@ -56,7 +56,10 @@ def predict(
                 failed.append(found.error)
                 continue
             p = found.probabilities
-            row = {"image": Path(found.path).relative_to(root).as_posix(), "prediction": predictor.classes[int(p.argmax())]}
+            row = {
+                "image": Path(found.path).relative_to(root).as_posix(),
+                "prediction": predictor.classes[int(p.argmax())],
+            }
             rows.append(row | {f"prob_{c}": float(v) for c, v in zip(predictor.classes, p)})
     if failed and (strict or not rows):
         raise BadInput(f"{len(failed)} unreadable images: {few(failed)}")

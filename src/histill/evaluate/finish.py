@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from histill.data.decode import load
 from histill.data.images import Images
 from histill.errors import BadInput
 from histill.evaluate import figures
@@ -18,7 +19,7 @@ from histill.evaluate.metrics import METRICS, Scores, confusion, reliability, ro
 from histill.evaluate.report import Picture, Table, run_report, share
 from histill.files import write_json
 
-__all__ = ["class_rows", "counts", "finish", "predictions", "scores", "settings", "table_of", "tempered"]
+__all__ = ["class_rows", "counts", "finish", "gallery_of", "predictions", "scores", "settings", "table_of", "tempered"]
 
 EXTRA = ("macro_precision", "f1_of_means")
 
@@ -193,3 +194,19 @@ def _roc(judged: Scores, classes: tuple[str, ...], found: dict[str, Any], out: P
     present = [t for t in targets if 0 < (judged.labels == t).sum() < len(judged.labels)]
     figures.roc({classes[t]: (*roc_curve(judged, t), auroc[classes[t]]) for t in present}, path)
     return path
+
+
+def gallery_of(images: Images, table: pd.DataFrame, most: int = 12) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Test images: up to half of them the surest mistakes, the rest evenly from what was right."""
+    test = table[table["split"] == "test"].reset_index(drop=True)
+    p = test[[f"prob_{c}" for c in images.classes]].to_numpy()
+    labels = test["label"].map({c: i for i, c in enumerate(images.classes)}).to_numpy()
+    wrong = np.flatnonzero(p.argmax(1) != labels)
+    wrong = wrong[np.argsort(-p[wrong].max(1), kind="stable")][: most // 2]
+    right = np.flatnonzero(p.argmax(1) == labels)
+    right = (
+        right[np.linspace(0, len(right) - 1, min(most - len(wrong), len(right))).astype(int)] if len(right) else right
+    )
+    rows = np.concatenate([wrong, right]).astype(int)
+    pictures = np.stack([load(images.root / test["image"][r], 160).transpose(1, 2, 0) for r in rows])
+    return pictures, labels[rows], p[rows]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
-__all__ = ["GUIDE", "Advice"]
+__all__ = ["GUIDE", "Advice", "table"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ GUIDE: tuple[Advice, ...] = (
         name="AB",
         family="feature",
         use="to initialise a student before it sees labels",
-        cost="a 1x1 convolution; its own first phase",
+        cost="a 1x1 convolution and a training phase of its own",
         needs="features before the ReLU, of one size",
         source="Heo et al. 2019",
         weight="alone, in the first phase",
@@ -127,8 +128,8 @@ GUIDE: tuple[Advice, ...] = (
     Advice(
         name="ReviewKD",
         family="feature",
-        use="the strongest feature loss here; networks with clear stages",
-        cost="3x3 convolutions at every stage, about half a small student again",
+        use="networks with clear stages, all of which should learn",
+        cost="a 1x1 and a 3x3 convolution at every stage",
         needs="features of all stages",
         source="Chen et al. 2021",
         weight="5, risen over 20 epochs",
@@ -184,8 +185,8 @@ GUIDE: tuple[Advice, ...] = (
         use="a foundation model's embeddings; large batches",
         cost="a projection, B^2",
         needs="one vector per image, of one width",
-        source="Tian et al. 2020 (in-batch form)",
-        weight="0.8",
+        source="after Tian et al. 2020",
+        weight="none published",
     ),
     Advice(
         name="CRDMemory",
@@ -209,7 +210,7 @@ GUIDE: tuple[Advice, ...] = (
         name="self_distillation",
         family="exits",
         use="a student that may stop early; with or without a teacher",
-        cost="exits",
+        cost="the exits",
         needs="a network with exits",
         source="cervical cells, equations 4 to 6",
         weight="lambda 0.03, T 3",
@@ -218,7 +219,7 @@ GUIDE: tuple[Advice, ...] = (
         name="be_your_own_teacher",
         family="exits",
         use="no teacher at all",
-        cost="exits",
+        cost="the exits",
         needs="a network with exits",
         source="Zhang et al. 2019",
         weight="alpha 0.3, lambda 0.03, T 3",
@@ -234,3 +235,15 @@ GUIDE: tuple[Advice, ...] = (
     ),
 )
 """One row for each loss of `histill.losses`."""
+
+
+def table() -> str:
+    """The guide as text: under each family its losses, with use on one line and the small print on the next."""
+    width = max(len(row.name) for row in GUIDE) + 4
+    lines: list[str] = []
+    for family, rows in itertools.groupby(GUIDE, key=lambda row: row.family):
+        lines.append(f"\n{family}" if lines else family)
+        for row in rows:
+            lines.append(f"{'  ' + row.name:<{width}}{row.use}")
+            lines.append(" " * width + f"needs {row.needs}; costs {row.cost}; weight {row.weight}; {row.source}")
+    return "\n".join(lines)

@@ -121,7 +121,8 @@ def dist(student: Tensor, teacher: Tensor, *, beta: float, gamma: float, tempera
     """Distillation from a stronger teacher (DIST; Huang et al. 2022): match relations, not values.
 
     ``L = T^2 (beta mean_b (1 - r(p_s[b], p_t[b])) + gamma mean_c (1 - r(p_s[:, c], p_t[:, c])))``, r Pearson's
-    correlation of softened probabilities. A batch of one has no correlation over images: r is 0 there.
+    correlation of softened probabilities, with 1e-8 added to its denominator as in its authors' code: where there
+    is no spread, as over a batch of one, r is 0.
 
     Args:
         student: ``(B, C)`` logits.

@@ -12,7 +12,7 @@ import torch
 __all__: list[str] = []
 
 try:
-    import torchvision  # noqa: F401
+    import torchvision
 except RuntimeError as error:
     if "does not exist" not in str(error):
         raise

@@ -147,8 +147,8 @@ def hub(what: str) -> Iterator[None]:
 def _reachable(address: str) -> bool:
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        return True  # it answered
+    except urllib.error.HTTPError as error:
+        return error.code in (401, 403, 405, 429)  # it is there; another error is a gateway's
     except OSError:
         return False
     return True

@@ -13,7 +13,9 @@ __all__ = ["start"]
 
 
 def start(make: partial[nn.Module], weights: str) -> partial[nn.Module]:
-    """``make`` with its ``weights``: imagenet, a file, none, or auto: ImageNet where it can be had, else none, said aloud.
+    """``make`` with its ``weights``: imagenet, a file, none, or auto.
+
+    auto is ImageNet where it can be had, else none, said aloud.
 
     Raises:
         BadInput: weights that do not fit.

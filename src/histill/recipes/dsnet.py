@@ -10,8 +10,9 @@ logits, the softmax is by row, and every choice is made on validation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -58,7 +59,9 @@ def distilled(
     }
 
 
-def notebook(student: Outputs, teacher: Outputs, batch: Batch, *, alpha: float, temperature: float, images: int) -> Terms:
+def notebook(
+    student: Outputs, teacher: Outputs, batch: Batch, *, alpha: float, temperature: float, images: int
+) -> Terms:
     """What the published notebooks compute in place of Eq. 5; for comparison only.
 
     Both "logits" are softmax outputs, and the teacher's softmax is divided by the sum over the whole training array of
@@ -95,8 +98,10 @@ def teacher(
 
     Args:
         data: the images and their splits.
-        network: resnet50 (as in the paper), resnet101, vgg16, inception_v3, efficientnet_b0, mobilenet_v1, or any timm name.
-        weights: imagenet, a .safetensors or .pt file, none, or auto: ImageNet where it can be had, else none, said aloud.
+        network: resnet50 (as in the paper), resnet101, vgg16, inception_v3, efficientnet_b0, mobilenet_v1, or
+            any timm name.
+        weights: imagenet, a .safetensors or .pt file, none, or auto: ImageNet where it can be had, else none, said
+            aloud.
         image_size: height and width in pixels.
         epochs: passes over the training images.
         batch_size: images per step.
@@ -189,7 +194,7 @@ def student(
         objective = partial(notebook, alpha=alpha, temperature=temperature, images=len(data.rows("train")))
     else:
         objective = partial(distilled, alpha=alpha, temperature=temperature, t_squared=t_squared)
-    optimizer = partial(torch.optim.Adam, lr=lr)
+    optimizer: Any = partial(torch.optim.Adam, lr=lr)
     if compat == "notebook":
         optimizer = partial(torch.optim.Adadelta, lr=1.0, rho=0.95, eps=1e-7)
     return Experiment(
@@ -216,8 +221,9 @@ def student(
 def _network(name: str, data: Images, image_size: int, weights: str) -> partial[nn.Module]:
     classes = len(data.classes)
     if name == "dsnet":
-        return partial(DSNet, classes=classes, image_size=image_size)
-    make = KerasHead if name in KERAS else Timm
+        dsnet: Callable[..., nn.Module] = DSNet
+        return partial(dsnet, classes=classes, image_size=image_size)
+    make: Callable[..., nn.Module] = KerasHead if name in KERAS else Timm
     return start(partial(make, name=name, classes=classes), weights)
 
 

@@ -1,0 +1,84 @@
+"""What the studies share: runs by name, each done once, and tables beside the paper's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from histill.evaluate.finish import scores
+from histill.evaluate.intervals import figures_over_seeds, paired_gain
+from histill.evaluate.metrics import METRICS, Scores
+from histill.evaluate.report import Section, Table, share, write_report
+from histill.experiment import Experiment
+from histill.files import write_json
+from histill.loop import train
+from histill.run import Run
+
+__all__ = ["Study", "seconds", "text"]
+
+
+@dataclass
+class Study:
+    """The runs of a study, by name and seed; a run that is there already is not done again.
+
+    Attributes:
+        out: the study's folder; runs lie in ``out/runs``.
+        seeds: the seeds of every row.
+        machine: device and precision for `histill.loop.train`.
+    """
+
+    out: Path
+    seeds: Sequence[int]
+    machine: dict[str, Any]
+    runs: dict[str, list[Run]] = field(default_factory=dict)
+
+    def run(self, name: str, make: Callable[[int], Experiment], seeds: Sequence[int] | None = None) -> list[Run]:
+        """Run ``make(seed)`` for each seed (default: the study's)."""
+        if name not in self.runs:
+            homes = {seed: self.out / "runs" / f"{name}-seed{seed}" for seed in (seeds or self.seeds)}
+            self.runs[name] = [train(make(s), home, resume=True, **self.machine) for s, home in homes.items()]
+        return self.runs[name]
+
+    def scores(self, name: str, split: str = "test") -> list[Scores]:
+        """What the runs of a row said."""
+        return [scores(r.predictions, r.classes, split, positive=r.info["positive"]) for r in self.runs[name]]
+
+    def figures(self, name: str, split: str = "test") -> dict[str, Any]:
+        """Means over the seeds with intervals over patients and seeds."""
+        return figures_over_seeds(self.scores(name, split))
+
+    def gain(self, name: str, over: str) -> dict[str, Any]:
+        """Paired difference of two rows with the same seeds, ``name`` minus ``over``."""
+        return paired_gain(self.scores(over), self.scores(name), names=[m for m in METRICS if m != "agreement"])
+
+    def finish(self, title: str, answer: str, sections: Sequence[Section], summary: dict[str, Any]) -> str:
+        """Write ``summary.json`` and ``report.html``; returns the tables as text."""
+        write_json(self.out / "summary.json", summary)
+        write_report(self.out / "report.html", title=title, answer=answer, sections=sections)
+        tables = [text(section) for section in sections if isinstance(section, Table)]
+        return "\n\n".join([*tables, answer, f"report: {self.out / 'report.html'}"])
+
+
+def seconds(runs: Sequence[Run]) -> float:
+    """Mean seconds that the epochs took, validation apart: images over images per second, from ``log.csv``."""
+    spent = []
+    for run in runs:
+        log = run.log
+        spent.append(float((run.info["data"]["images"]["train"] / log["images_per_second"]).sum()))
+    return sum(spent) / len(spent)
+
+
+def text(table: Table) -> str:
+    """A table for the terminal."""
+    rows = [list(map(str, table.columns)), *([_cell(c) for c in row] for row in table.rows)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [table.heading, *("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)]
+    return "\n".join([*lines, *([table.note] if table.note else [])])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, dict):
+        return share(value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
