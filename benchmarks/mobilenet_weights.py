@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import histill.models._torchvision  # noqa: F401
 import numpy as np
 import timm
 import torch
-from histill.data.decode import EXTENSIONS, load
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+import histill.models._torchvision  # noqa: F401
+from histill.data.decode import EXTENSIONS, load
 
 
 def published(path: Path) -> list[tuple[Tensor, Tensor]]:

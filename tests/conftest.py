@@ -33,7 +33,7 @@ def write_classes(
 ) -> Path:
     """Write ``counts[folder]`` images into each ``root/folder``; a folder may be ``train/benign``.
 
-    Files are called ``p<patient>_<number><suffix>``. Images are distinct, classes differ in tint, a patient has one class.
+    Files are called ``p<patient>_<number><suffix>``. Images are distinct; a patient has one class, a class one tint.
     """
     seed = patient = 0
     for folder, count in counts.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -290,7 +291,7 @@ def test_a_data_set_refuses(tmp_path: Path) -> None:
 
 # -- slides
 
-SLIDE = {"width": 1200, "height": 800, "mpp": 0.5, "kinds": ("stroma", "malignant"), "seed": 2}
+SLIDE = {"width": 1200, "height": 800, "mpp": 0.5, "kinds": ("stroma", "malignant"), "seed": 2, "quality": 95}
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +348,7 @@ def test_pillow_reads_it(slide: Path) -> None:
 def test_a_level_is_the_mean_of_the_one_above(slide: Path) -> None:
     # In luminance, because JPEG halves the resolution of colour.
     levels = [_level(slide, n) @ [0.299, 0.587, 0.114] for n in range(3)]
-    for above, below in zip(levels, levels[1:]):
+    for above, below in pairwise(levels):
         height, width = below.shape
         means = above.reshape(height, 4, width, 4).mean(axis=(1, 3))
         assert np.abs(means - below).mean() < 2

@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,7 +88,7 @@ class Experiment:
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("image_size", 8)):
+        for name, least in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("image_size", 8), ("seed", 0)):
             if getattr(self, name) < least:
                 raise BadInput(f"{name}={getattr(self, name)}: must be at least {least}")
         for name in ("views", "patience"):
@@ -94,6 +96,12 @@ class Experiment:
                 raise BadInput(f"{name}={value}: must be at least 1")
         if self.select not in SELECTIONS:
             raise BadInput(f"select={self.select!r}: one of {', '.join(SELECTIONS)}")
+        if self.patience is not None and self.select == "last":
+            raise BadInput("patience waits for a better epoch, and select='last' knows none; give one of them")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise BadInput(f"ema={self.ema}: between 0 and 1")
+        if self.clip is not None and not self.clip > 0:
+            raise BadInput(f"clip={self.clip}: above 0")
         if self.positive is not None and self.positive not in self.data.classes:
             raise BadInput(f"positive={self.positive!r}: the classes are {', '.join(self.data.classes)}")
 
@@ -116,12 +124,19 @@ def recipe(function: Callable[P, Experiment]) -> Callable[P, Experiment]:
         experiment = function(*args, **kwargs)
         record = {
             "name": recipe_name(function),
-            "arguments": {name: _plain(value) for name, value in bound.arguments.items()},
-            "source": inspect.getsource(function),
+            "arguments": {name: plain(value) for name, value in bound.arguments.items()},
+            "source": _source(function),
         }
         return replace(experiment, recipe=record)
 
     return wrapper
+
+
+def _source(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(function)
+    except OSError:  # typed at a prompt
+        return ""
 
 
 def recipe_name(function: Callable[..., Any]) -> str:
@@ -142,8 +157,11 @@ def load_recipe(name: str) -> tuple[ModuleType, str]:
         BadInput: no such recipe or function; the line lists what there is.
     """
     if ".py:" in name or name.endswith(".py"):
-        file, _, part = name.partition(".py")
-        return load_file(Path(file + ".py")), part.removeprefix(":")
+        file, _, part = name.rpartition(".py")
+        module, part = load_file(Path(file + ".py").resolve()), part.removeprefix(":")
+        if part and not callable(getattr(module, part, None)):
+            raise BadInput(f"{file}.py: no function {part!r} in it")
+        return module, part
     stem, _, part = name.partition(".")
     there = recipes()
     if stem not in there:
@@ -193,30 +211,36 @@ def load_study(name: str) -> Callable[..., str]:
 
 @functools.cache
 def load_file(path: Path) -> ModuleType:
-    """Run a user's Python file once and return it as a module."""
+    """Run a user's Python file once and return it as a module.
+
+    Raises:
+        BadInput: no such file, or an error in it.
+    """
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
     spec = importlib.util.spec_from_file_location(f"histill_user_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise BadInput(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise BadInput(f"{path} does not run: {type(error).__name__}: {error}") from error
     return module
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """An argument as run.json keeps it."""
     if isinstance(value, Images):
         return {"images": str(value.root), "hash": value.hash, "split_hash": value.split_hash}
     if isinstance(value, os.PathLike):
         return str(value)
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if path := getattr(value, "path", None):
-        return str(path)
-    return repr(value)
+    known = getattr(value, "path", None) or getattr(value, "key", None)
+    if isinstance(known, str | os.PathLike):
+        return str(known)
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

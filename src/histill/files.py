@@ -71,12 +71,27 @@ def cache_dir(*parts: str) -> Path:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; `BadInput` where another one holds it (released even by a kill)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"another process is writing to {folder}; wait for it or give another --out") from None
-        yield
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold ``folder`` for this process (released even by a kill); an error takes it away again where it left nothing.
+
+    Raises:
+        BadInput: another process holds it; with ``wait`` its turn is awaited.
+    """
+    lock = folder / ".lock"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise BadInput(f"another process is writing to {folder}; wait for it or give another --out") from None
+            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                continue  # who held it before took the folder away
+            try:
+                yield
+            except BaseException:
+                if list(folder.iterdir()) == [lock]:
+                    lock.unlink()
+                    folder.rmdir()
+                raise
+            return

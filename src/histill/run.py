@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import platform
-import subprocess
+import re
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import pandas as pd
 from torch import nn
 
 from histill.data.images import Images
-from histill.errors import BadInput
+from histill.errors import BadInput, HistillError
 from histill.files import read_json
 
-__all__ = ["Run", "describe", "versions"]
+__all__ = ["Run", "without_weights"]
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,14 @@ class Run:
         info = read_json(path / "run.json")
         try:
             network = info["network"]
-            arguments = network["arguments"]
-            # The run's own weights follow; those it started from need not be had again.
-            arguments = arguments | {"weights": None} if "weights" in arguments else arguments
-            build = functools.partial(_resolve(path, network["function"], code), **arguments)
-            info["classes"], info["image_size"], info["status"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{path / 'run.json'}: not a run of Histill ({error})") from None
-        return cls(path, info, build)
+            function, arguments = network["function"], network["arguments"]
+            tuple(info["classes"]), int(info["image_size"]), info["status"], info["data"]["hash"]
+            build = functools.partial(_resolve(path, str(function), code), **arguments)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, BadInput):
+                raise
+            raise BadInput(f"{path / 'run.json'}: not a run of Histill ({type(error).__name__}: {error})") from None
+        return cls(path, info, without_weights(build))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -111,60 +110,44 @@ class Run:
             raise BadInput(
                 f"{self.path}: no model.safetensors yet (status: {self.info['status']}); finish it with --resume"
             )
-        network = self.build()
         try:
+            network = self.build()
             network.load_state_dict(load_file(file))
+        except HistillError:
+            raise
         except Exception as error:  # noqa: BLE001 - safetensors and torch raise many kinds
             raise BadInput(f"{file}: does not fit the network of run.json ({str(error).splitlines()[0]})") from None
         return network.eval()
 
 
+def without_weights(build: functools.partial[nn.Module]) -> functools.partial[nn.Module]:
+    """``build`` from random weights: the run's own follow, and those it started from need not be had again."""
+    return functools.partial(build, weights=None) if "weights" in build.keywords else build
+
+
 def _resolve(path: Path, function: str, code: Path | None) -> Callable[..., nn.Module]:
-    """The function that ``module:name`` stands for. Only Histill's own modules are imported on a run's word."""
+    """The network that ``module:name`` stands for: on a run's word one of Histill's own, and nothing else of it."""
     module, _, name = function.partition(":")
-    if module.startswith("histill.models."):
-        found = getattr(importlib.import_module(module), name)
-        if not (inspect.isclass(found) and issubclass(found, nn.Module)) and getattr(found, "__module__", "") != module:
-            raise BadInput(f"{path / 'run.json'}: {function} is no network")
-        return found  # type: ignore[no-any-return]
+    if module.startswith("histill."):
+        try:
+            known = re.fullmatch(r"histill\.models\.[a-z]\w*", module) and importlib.import_module(module)
+        except ImportError:
+            known = None
+        found = getattr(known, name, None)
+        if getattr(found, "__module__", "") != module or not _makes_network(found):
+            raise BadInput(f"{path / 'run.json'}: {function} is no network of Histill")
+        return found  # type: ignore[return-value]
     if code is None:
         raise BadInput(f"{path}: its network is {function}, not one of Histill's; give its file with --code")
     from histill.experiment import load_file
 
-    return getattr(load_file(Path(code)), name)  # type: ignore[no-any-return]
+    if (found := getattr(load_file(Path(code).resolve()), name, None)) is None:
+        raise BadInput(f"{path}: its network is {function}, but {code} has no {name}")
+    return found  # type: ignore[no-any-return]
 
 
-def describe(student: functools.partial[nn.Module]) -> dict[str, Any]:
-    """How a network is made, as ``run.json`` keeps it.
-
-    Raises:
-        BadInput: it is not a `functools.partial` of a module-level function or class with keyword arguments.
-    """
-    if not isinstance(student, functools.partial) or student.args:
-        raise BadInput(
-            "student: give functools.partial(Network, keyword=value, ...), so that the run can make it again"
-        )
-    return {
-        "function": f"{student.func.__module__}:{student.func.__qualname__}",
-        "arguments": student.keywords,
-    }
-
-
-def versions() -> dict[str, str]:
-    """What was installed."""
-    found = {"python": platform.python_version()}
-    for name in ("histill", "torch", "timm", "lightning-fabric", "numpy", "pillow", "onnxruntime"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str | None:
-    """The commit of the working folder's repository, if it is one."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+def _makes_network(found: Any) -> bool:
+    """Whether it is a network's class, or a function that says that it returns one."""
+    if inspect.isfunction(found):
+        found = typing.get_type_hints(found).get("return")
+    return inspect.isclass(found) and issubclass(found, nn.Module)

@@ -21,6 +21,8 @@ from histill.progress import progress
 __all__ = ["Check", "check"]
 
 _NEAR = 8
+_LISTED = 10_000
+_BLOCK = 1024
 _SHEET = (8, 96)
 
 
@@ -50,7 +52,8 @@ def check(images: Images, out: Path | None = None) -> Check:
     """Open every image and look.
 
     Two pictures are near-copies where their 256-bit difference hashes (dHash: the sign of the horizontal gradient of a
-    17 x 16 reduction) differ in 8 bits or fewer. A turned or re-cut copy is not found.
+    17 x 16 reduction) differ in 8 bits or fewer. A turned or re-cut copy is not found. Every picture is compared with
+    every other: seconds for 20,000, a minute or two for 100,000. The search ends when 10,000 near-copies are found.
 
     Args:
         images: a table with or without splits.
@@ -121,30 +124,39 @@ def _look(path: Path) -> dict[str, Any]:
 
 
 def _pairs(frame: pd.DataFrame) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Pairs of copies and of near-copies."""
-    frame = frame.reset_index(drop=True)
-    copies: list[dict[str, Any]] = []
-    for _, group in frame.groupby("pixels"):
-        first, *others = group.index
-        copies += [_pair(frame, first, other, 0) for other in others]
-    hashed = frame[[d is not None for d in frame["dhash"]]]
-    bits = np.stack(hashed["dhash"].tolist()) if len(hashed) else np.zeros((0, 32), np.uint8)
-    near: list[dict[str, Any]] = []
-    for row in range(len(bits)):
-        apart = _BITS[bits[row] ^ bits[row + 1 :]].sum(1)
-        for other in np.flatnonzero(apart <= _NEAR) + row + 1:
-            a, b = hashed.index[row], hashed.index[other]
-            if frame["pixels"][a] != frame["pixels"][b]:
-                near.append(_pair(frame, a, b, int(apart[other - row - 1])))
+    """Pairs of copies, each with the first of its kind, and of near-copies."""
+    rows = list(zip(frame["path"], frame["label"], frame["split"]))
+    first: dict[int, int] = {}
+    copies = []
+    for row, pixels in enumerate(frame["pixels"]):
+        if (before := first.setdefault(pixels, row)) != row:
+            copies.append(_pair(rows[before], rows[row], 0))
+    hashed = [row for pixels, row in first.items() if frame["dhash"].iloc[row] is not None]
+    near = [_pair(rows[hashed[a]], rows[hashed[b]], bits) for a, b, bits in _near(frame["dhash"].iloc[hashed].tolist())]
     return copies, near
 
 
-_BITS: NDArray[np.uint8] = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
+def _near(hashes: list[NDArray[np.uint8]]) -> list[tuple[int, int, int]]:
+    """Pairs of hashes at most `_NEAR` bits apart, ``(row, later row, bits apart)``."""
+    if not hashes:
+        return []
+    # With bits as -1 and 1 the product of two hashes is their length less twice the distance: one matrix product.
+    signs = np.unpackbits(np.stack(hashes), axis=1).astype(np.float32) * 2 - 1
+    pairs: list[tuple[int, int, int]] = []
+    with progress("comparing", len(signs)) as bar:
+        for start in range(0, len(signs), _BLOCK):
+            apart = (signs.shape[1] - signs[start : start + _BLOCK] @ signs[start:].T) / 2
+            for a, b in np.argwhere(np.triu(apart <= _NEAR, 1)):
+                pairs.append((start + int(a), start + int(b), int(apart[a, b])))
+                if len(pairs) == _LISTED:
+                    return pairs
+            bar.advance(len(apart))
+    return pairs
 
 
-def _pair(frame: pd.DataFrame, a: int, b: int, apart: int) -> dict[str, Any]:
-    both = frame.loc[[a, b]]
-    return {c + "s": both[c].tolist() for c in ("path", "label", "split")} | {"bits_apart": apart}
+def _pair(a: tuple[str, ...], b: tuple[str, ...], bits_apart: int) -> dict[str, Any]:
+    paths, labels, splits = (list(both) for both in zip(a, b))
+    return {"paths": paths, "labels": labels, "splits": splits, "bits_apart": bits_apart}
 
 
 def _named(pairs: list[dict[str, Any]]) -> list[str]:

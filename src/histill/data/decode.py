@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from histill.errors import BadInput
 
 __all__ = ["EXTENSIONS", "MAX_PIXELS", "decode", "load"]
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-MAX_PIXELS = 200_000_000
-"""Larger pictures are refused: a slide belongs to the slide reader, a decompression bomb nowhere."""
+MAX_PIXELS = 2 * 89_478_485
+"""Larger pictures are refused, as Pillow does: a slide belongs to the slide reader, a decompression bomb nowhere."""
 
-_PLAIN = frozenset({"RGB"})
+# Pillow warns of large pictures and odd tags. Set once: `warnings.catch_warnings` is not safe among threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(path: Path) -> tuple[Image.Image, str]:
@@ -30,36 +31,39 @@ def decode(path: Path) -> tuple[Image.Image, str]:
         BadInput: the file is missing, damaged, no image or larger than `MAX_PIXELS`; one line with the path.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            picture = Image.open(path)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise BadInput(f"{path}: {picture.width} x {picture.height} pixels is more than {MAX_PIXELS:,}")
+        with Image.open(path) as picture:
             picture.load()
             return _rgb(ImageOps.exif_transpose(picture))
-    except BadInput:
-        raise
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise BadInput(f"{path}: not an image of a known kind") from None
+    except Image.DecompressionBombError:
+        raise BadInput(f"{path}: more than {MAX_PIXELS:,} pixels; cut it into tiles") from None
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise whatever the damage leads to
         raise BadInput(f"{path}: not a readable image ({error})") from None
 
 
 def _rgb(picture: Image.Image) -> tuple[Image.Image, str]:
     mode = picture.mode
-    if mode in _PLAIN:
+    if mode == "RGB" and "transparency" not in picture.info:
         return picture, ""
     if mode.startswith("I") or mode == "F":
-        values = np.asarray(picture, dtype=np.float64)
-        # Deep greyscale has no stated range: 16-bit files use theirs, anything that fits 8 bits is taken as 8-bit.
-        top = 255.0 if values.max(initial=0) <= 255 else max(65535.0, float(values.max()))
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
+        top = 65535.0 if mode.startswith("I;16") else _range(float(values.max()), mode)
         grey = np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB"), f"{mode} (16-bit)" if top > 255 else mode
+        return Image.fromarray(grey).convert("RGB"), mode
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB"), mode
     return picture.convert("RGB"), mode
+
+
+def _range(highest: float, mode: str) -> float:
+    """The value of white in 32-bit greyscale, which states none: the least usual one that holds the highest value."""
+    usual = (1.0, 255.0, 65535.0) if mode == "F" else (255.0, 65535.0)
+    return next((top for top in usual if highest <= top), highest)
 
 
 def square(picture: Image.Image, size: int) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -69,7 +70,7 @@ class Images:
         return digest(
             [
                 self.classes,
-                *self.frame[["content", "label", "patient"]].sort_values("content").values.tolist(),
+                *sorted(self.frame[["content", "label", "patient"]].values.tolist()),
             ]
         )
 
@@ -93,16 +94,22 @@ class Images:
     def save(self, path: Path) -> None:
         """Write the table as a manifest beside its root (`Images.load` reads it)."""
         with atomic(path) as temporary:
-            header = f"# root: {self.root.resolve()}\n# classes: {chr(9).join(self.classes)}\n"
-            temporary.write_text(header + self.frame.to_csv(index=False), encoding="utf-8")
+            header = {"root": str(self.root.resolve()), "classes": self.classes}
+            text = f"# {json.dumps(header, ensure_ascii=False)}\n{self.frame.to_csv(index=False)}"
+            temporary.write_text(text, encoding="utf-8", newline="")
 
     @classmethod
     def load(cls, path: Path) -> Images:
         """Read what `save` wrote."""
-        with Path(path).open(encoding="utf-8") as file:
-            root, classes = (file.readline().rstrip("\n").split(": ", 1)[1] for _ in range(2))
-            frame = pd.read_csv(file, dtype=str, keep_default_na=False)
-        return cls(frame, Path(root), tuple(classes.split("\t")))
+        try:
+            with Path(path).open(encoding="utf-8", newline="") as file:
+                header = json.loads(file.readline().removeprefix("# "))
+                frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+            return cls(frame[list(COLUMNS)], Path(header["root"]), tuple(header["classes"]))
+        except FileNotFoundError:
+            raise BadInput(f"{path} does not exist") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"{path}: not a table of images ({' '.join(str(error).split())})") from None
 
 
 def few(names: Iterable[object], most: int = 5) -> str:
@@ -138,10 +145,14 @@ def read_images(source: str | Path, *, patient: str | None = None) -> Images:
         frame["patient"] = _patients(frame["path"], patient)
     notices = []
     if repeated := sorted(frame["path"][frame["path"].duplicated()].unique()):
-        frame = frame.drop_duplicates(["path", "label", "split"]).reset_index(drop=True)
+        frame = frame.drop_duplicates(["path", "label", "split", "patient"]).reset_index(drop=True)
         if again := sorted(frame["path"][frame["path"].duplicated()].unique()):
-            raise BadInput(f"{source}: {len(again)} images are listed with two labels or splits: {few(again)}")
+            raise BadInput(
+                f"{source}: {len(again)} images are listed with two labels, splits or patients: {few(again)}"
+            )
         notices.append(f"{len(repeated)} images are listed more than once, kept once: {few(repeated)}")
+    if 0 < (nobody := frame["patient"] == "").sum() < len(frame):
+        notices.append(f"{nobody.sum()} images have no patient, each is taken alone: {few(frame['path'][nobody])}")
     frame["content"] = _contents([root / path for path in frame["path"]])
     _check_labels(frame, source)
     copies = frame[frame.duplicated(["content", "split"], keep=False)]
@@ -189,7 +200,9 @@ def check_leaks(images: Images) -> None:
         splits = known.groupby(column)["split"].nunique()
         if leaked := list(splits.index[splits > 1]):
             names = leaked if column == "patient" else known["path"][known["content"].isin(leaked)]
-            raise BadInput(f"leak: {len(leaked)} {what} are in two splits: {few(names)}; keep each in one")
+            raise BadInput(
+                f"leak: {len(leaked)} {what} are in two splits: {few(names)}; keep each in one, or leave it out"
+            )
 
 
 def _frame(**columns: Sequence[str] | str) -> pd.DataFrame:
@@ -202,7 +215,10 @@ def _frame(**columns: Sequence[str] | str) -> pd.DataFrame:
 
 def _images_below(folder: Path) -> list[Path]:
     found = (Path(base) / name for base, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(p for p in found if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+    paths = sorted(p for p in found if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+    if odd := [ascii(str(p)) for p in paths if any("\ud800" <= c <= "\udfff" for c in str(p))]:
+        raise BadInput(f"{len(odd)} file names are not UTF-8: {few(odd)}; rename them")
+    return paths
 
 
 def _class_folders(folder: Path) -> list[Path]:
@@ -213,7 +229,12 @@ def _from_folder(folder: Path) -> pd.DataFrame:
     top = _class_folders(folder)
     if not top:
         raise BadInput(f"--data {folder}: no class folders in it (one folder of images per class)")
-    split_folders = all(p.name.lower() in _SPLIT_NAMES for p in top)
+    split_folders = [p for p in top if p.name.lower() in _SPLIT_NAMES]
+    if split_folders and len(split_folders) < len(top):
+        other = few(p.name for p in top if p not in split_folders)
+        raise BadInput(
+            f"--data {folder}: {other} beside {few(p.name for p in split_folders)}; splits or classes, not both"
+        )
     groups = (
         [(_SPLIT_NAMES[p.name.lower()], c) for p in top for c in _class_folders(p)]
         if split_folders
@@ -234,14 +255,17 @@ def _from_folder(folder: Path) -> pd.DataFrame:
 
 def _from_manifest(file: Path, needed: Sequence[str] = ("path", "label")) -> pd.DataFrame:
     try:
-        frame = pd.read_csv(
-            file, dtype=str, keep_default_na=False, encoding="utf-8", comment=None, skipinitialspace=True
-        )
+        # Without a header, so that a row of more fields than the first is an error and not an index.
+        frame = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig", header=None).fillna("")
     except UnicodeDecodeError as error:
         raise BadInput(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        raise BadInput(f"{file}: not a CSV manifest ({str(error).strip()})") from None
-    frame.columns = [str(c).strip().lower() for c in frame.columns]
+        raise BadInput(f"{file}: not a CSV manifest ({' '.join(str(error).split())})") from None
+    frame = frame.apply(lambda column: column.str.strip())
+    frame.columns = pd.Index(frame.iloc[0].str.lower())
+    frame = frame.iloc[1:].reset_index(drop=True)
+    if repeated := sorted({c for c in frame.columns if list(frame.columns).count(c) > 1 and c in COLUMNS}):
+        raise BadInput(f"{file}: column {few(repeated)} is there twice")
     if missing := [c for c in needed if c not in frame]:
         raise BadInput(f"{file}: no column {few(missing)}; it has {few(frame.columns, 12)}")
     if not len(frame):
@@ -249,8 +273,10 @@ def _from_manifest(file: Path, needed: Sequence[str] = ("path", "label")) -> pd.
     if len(empty := frame.index[(frame[list(needed)] == "").any(axis=1)]):
         raise BadInput(f"{file}: empty path or label in row {few(empty + 2)}")
     frame["path"] = [_inside(file, row + 2, path) for row, path in enumerate(frame["path"])]
+    if "mask" in frame:
+        frame["mask"] = [mask and _inside(file, row + 2, mask) for row, mask in enumerate(frame["mask"])]
     if "split" in frame:
-        names = frame["split"].str.strip().str.lower()
+        names = frame["split"].str.lower()
         unknown = sorted({n for n in names if n not in _SPLIT_NAMES})
         if unknown:
             raise BadInput(
@@ -276,14 +302,15 @@ def _patients(paths: pd.Series[str], pattern: str) -> list[str]:
         find = re.compile(pattern)
     except re.error as error:
         raise BadInput(f"--patient {pattern!r}: not a regular expression ({error})") from None
-    matches = [(path, find.search(path)) for path in paths]
-    if unmatched := [path for path, match in matches if match is None]:
-        raise BadInput(f"--patient {pattern!r} does not match {len(unmatched)} images: {few(unmatched)}")
-    return [match.group(1) if find.groups else match.group(0) for _, match in matches if match]
+    matches = [find.search(path) for path in paths]
+    names = [match[min(find.groups, 1)] if match else None for match in matches]
+    if unmatched := [path for path, name in zip(paths, names) if not name]:
+        raise BadInput(f"--patient {pattern!r} finds no patient in {len(unmatched)} images: {few(unmatched)}")
+    return [name for name in names if name]
 
 
 def _contents(paths: list[Path]) -> list[str]:
-    if missing := [p for p in paths if not p.is_file()]:
+    if missing := [p for p in paths if not os.path.isfile(p)]:  # noqa: PTH113 - raises for no name at all
         raise BadInput(f"{len(missing)} images do not exist: {few(missing)}")
     with progress("hashing", len(paths)) as bar, ThreadPoolExecutor() as pool:
         contents = []

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from histill.data.decode import decode, square
 from histill.data.images import Images, check_leaks, few
 from histill.data.views import NONE, Augment, render
 from histill.errors import BadInput, Failed
-from histill.files import cache_dir, digest, read_json, write_json
+from histill.files import cache_dir, digest, locked, read_json, write_json
 from histill.progress import progress
 from histill.types import Batch
 
@@ -96,7 +94,9 @@ def pack(images: Images, size: int, *, strict: bool = False, folder: Path | None
     key = digest([_VERSION, size, images.frame["content"].tolist()])[:24]
     home = (folder or cache_dir("packed")) / key
     if not (home / "index.json").exists():
-        _fill(images, size, home)
+        with locked(home, wait=True):  # of several processes one decodes
+            if not (home / "index.json").exists():
+                _fill(images, size, home)
     index = read_json(home / "index.json")
     pixels = np.load(home / "pixels.npy", mmap_mode="r")
     frame = images.frame.copy()
@@ -115,37 +115,29 @@ def pack(images: Images, size: int, *, strict: bool = False, folder: Path | None
 
 
 def _fill(images: Images, size: int, home: Path) -> None:
-    """Write ``home`` under another name, then rename; of two processes that do so one wins and both have it."""
-    temporary = home.with_name(f".{home.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir(parents=True)
-    paths = images.paths()
-    need, free = len(paths) * size * size * 3, shutil.disk_usage(temporary).free
+    """Write ``pixels.npy``, then ``index.json``, which says that the pixels are whole."""
+    paths, pixels = images.paths(), home / "pixels.npy"
+    need, free = len(paths) * size * size * 3, shutil.disk_usage(home).free
+    if need > free:
+        raise Failed(
+            f"packing {len(paths)} images takes {need / 1e9:.1f} GB, {home.parent} has {free / 1e9:.1f} GB free"
+        )
+    index: dict[str, list[str]] = {"pixels": [], "error": [], "mode": [], "small": []}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), size, size, 3)}
     try:
-        if need > free:
-            raise Failed(
-                f"packing {len(paths)} images takes {need / 1e9:.1f} GB, {home.parent} has {free / 1e9:.1f} GB"
-            )
-        index: dict[str, list[str]] = {"pixels": [], "error": [], "mode": [], "small": []}
-        shape = (len(paths), size, size, 3)
-        array = np.lib.format.open_memmap(temporary / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
-        with progress("decoding", len(paths)) as bar, ThreadPoolExecutor() as pool:
+        with pixels.open("wb") as file, progress("decoding", len(paths)) as bar, ThreadPoolExecutor() as pool:
+            np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(paths), _CHUNK):
                 chunk = paths[start : start + _CHUNK]
-                for row, (pixels, entry) in enumerate(pool.map(lambda path: _decode(path, size), chunk), start):
-                    array[row] = pixels
+                for picture, entry in pool.map(lambda path: _decode(path, size), chunk):
+                    file.write(picture.tobytes())
                     for name, value in entry.items():
                         index[name].append(value)
                 bar.advance(len(chunk))
-        array.flush()
-        del array
-        write_json(temporary / "index.json", index)
-        try:
-            os.rename(temporary, home)
-        except OSError:
-            if not (home / "index.json").exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException:
+        pixels.unlink(missing_ok=True)
+        raise
+    write_json(home / "index.json", index)
 
 
 def _decode(path: Path, size: int) -> tuple[NDArray[np.uint8], dict[str, str]]:

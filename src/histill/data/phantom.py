@@ -68,7 +68,7 @@ def draw(
         patient: who; sets stain vectors and strengths and the patient's own tendency in each cue.
         scanner: which; sets white point, gamma, blur, noise and JPEG quality.
         difficulty: how far patients differ in the cues that tell the kinds apart, from 0 (not at all) to 1; at the
-            default the spread between patients is about half the distance between benign and malignant.
+            default they differ more in the size and density of nuclei than benign and malignant do on average.
 
     Raises:
         BadInput: an unknown kind or a number out of range.

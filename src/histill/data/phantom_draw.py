@@ -140,9 +140,8 @@ def _stamp(window: Window, nuclei: _Nuclei, amounts: Array, texture: Array) -> I
     # With repeated indices numpy keeps the last, so a nucleus lies over those before it.
     labels[row[inside], column[inside]] = n[inside] + 1
     cover = np.clip(depth / np.hypot(0.5, mpp) + 0.5, 0, 1)
-    top = np.maximum(labels[row, column] - 1, 0) == n
-    edge = labels[row, column] == 0
-    keep = top | edge
+    over = labels[row, column]
+    keep = (over == n + 1) | (over == 0)  # its own pixels and its soft edge, not where another lies over it
     row, column, cover = row[keep], column[keep], cover[keep]
     for amount, value in ((amounts[0], haematoxylin[keep]), (amounts[1], eosin[keep])):
         amount[row, column] += cover * (value - amount[row, column])

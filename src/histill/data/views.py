@@ -131,7 +131,8 @@ def _colour(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
     )
     brightness, contrast, saturation, *rgb = (f[:, None, None, None] for f in factor.T)
     images = images * brightness * torch.cat(rgb, 1)
-    mean = images.mean((1, 2, 3), keepdim=True)
+    # In two steps: a reduction to one number is divided among threads, and its bits would depend on the batch's size.
+    mean = images.mean((2, 3), keepdim=True).mean(1, keepdim=True)
     images = mean + (images - mean) * contrast
     grey = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
     return (grey + (images - grey) * saturation).clamp(0, 1)

@@ -6,8 +6,8 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,11 @@ class _Logits(nn.Module):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back the exporters' warnings and log lines below errors."""
+    """Hold back what the exporters print, warn and log; what matters of it comes as an error."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -67,7 +67,7 @@ def to_onnx(
     image_size: int,
     classes: Sequence[str],
     mpp: float | None = None,
-    extra: dict[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``network`` as one ONNX file of opset `OPSET`.
 
@@ -90,20 +90,19 @@ def to_onnx(
     wrapped, images = _prepare(network, image_size, classes)
     with quiet():
         try:
+            traced = torch.export.export(wrapped, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
             program = torch.onnx.export(
-                wrapped,
-                (images,),
+                traced,
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=["images"],
                 output_names=["logits"],
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
                 custom_translation_table={torch.ops.aten.adaptive_max_pool2d.default: _adaptive_max_pool},
                 verbose=False,
             )
-        except RuntimeError as error:
+        except Exception as error:
             raise Failed(
-                f"cannot express {type(network).__name__} in ONNX: {one_line(error)}; try torchscript"
+                f"cannot express {type(network).__name__} in ONNX ({_cause(error)}); try torchscript"
             ) from error
     assert program is not None
     model = program.model_proto
@@ -150,7 +149,7 @@ def to_torchscript(
     image_size: int,
     classes: Sequence[str],
     mpp: float | None = None,
-    extra: dict[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``network`` as a frozen TorchScript module, images to logits; arguments as for `to_onnx`."""
     wrapped, images = _prepare(network, image_size, classes)
@@ -163,7 +162,7 @@ def to_torchscript(
             card = {"histill.json": write_card(classes, image_size, mpp, extra)}
             torch.jit.save(frozen, buffer, _extra_files=card)
         except RuntimeError as error:
-            raise Failed(f"cannot express {type(network).__name__} in TorchScript: {one_line(error)}") from error
+            raise Failed(f"cannot express {type(network).__name__} in TorchScript ({_cause(error)})") from error
     with atomic(Path(path)) as temporary:
         temporary.write_bytes(buffer.getvalue())
     return Path(path)

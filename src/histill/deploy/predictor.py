@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -200,7 +200,9 @@ def _open_torchscript(path: Path, threads: int | None) -> _Opened:
     return partial(TorchScriptPredictor, module.eval()), bytes(extra["histill.json"]).decode(errors="replace"), None
 
 
-def write_card(classes: Sequence[str], image_size: int, mpp: float | None, extra: dict[str, Any] | None = None) -> str:
+def write_card(
+    classes: Sequence[str], image_size: int, mpp: float | None, extra: Mapping[str, Any] | None = None
+) -> str:
     """What an exported file says of itself, as JSON."""
     card = {**(extra or {}), "classes": list(classes), "image_size": image_size, "mpp": mpp}
     return json.dumps(card, ensure_ascii=False, allow_nan=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -74,7 +72,7 @@ def quantize(model: str | Path, out: str | Path, calibration: Iterable[Pixels]) 
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as scratch, quiet(), contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as scratch, quiet():
         prepared, rounded = Path(scratch, "prepared.onnx"), Path(scratch, "int8.onnx")
         try:
             # Symbolic shape inference fails on graphs with sequences; ONNX's own is enough here.

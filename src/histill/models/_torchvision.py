@@ -1,6 +1,6 @@
 """Import torchvision beside a torch that it was not compiled for.
 
-torchvision's wheels on PyPI are built for CUDA. Beside a CPU-only torch their compiled library does not load, and
+The wheels of torchvision on PyPI are built for CUDA. Beside a CPU-only torch their compiled library does not load, and
 the import then fails on the first operator that it wants to describe. Histill uses none of those operators
 (box suppression), so declaring them is enough. timm imports torchvision, so import this module before timm.
 """

@@ -1,0 +1,147 @@
+"""What ``run.json`` says of a run, and whether an experiment is still the one that it was made by."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import subprocess
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from histill.data.packed import Packed
+from histill.errors import BadInput
+from histill.experiment import Experiment, plain
+from histill.files import digest
+
+__all__ = ["check_same", "describe", "record", "versions"]
+
+_SAME = (
+    "network",
+    "objective",
+    "teacher",
+    "classes",
+    "image_size",
+    "epochs",
+    "batch_size",
+    "accumulate",
+    "optimizer",
+    "schedule",
+    "clip",
+    "ema",
+    "patience",
+    "select",
+    "views",
+    "augment",
+    "seed",
+    "precision",
+)
+
+
+def record(experiment: Experiment, packed: Packed, student: nn.Module) -> dict[str, Any]:
+    """What is known of a run before it starts, but for the machine."""
+    images, data, unlabelled = packed.images, experiment.data, experiment.unlabelled
+    return {
+        "status": "running",
+        "recipe": experiment.recipe,
+        "network": describe(experiment.student),
+        "parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
+        "objective": _made_by(experiment.objective),
+        "teacher": None if experiment.teacher is None else {"key": getattr(experiment.teacher, "key", "")},
+        "classes": list(data.classes),
+        "positive": experiment.positive,
+        "image_size": experiment.image_size,
+        "epochs": experiment.epochs,
+        "batch_size": experiment.batch_size,
+        "accumulate": experiment.accumulate,
+        "optimizer": _made_by(experiment.optimizer),
+        "schedule": digest([float(experiment.schedule(epoch)) for epoch in range(experiment.epochs)])[:12],
+        "clip": experiment.clip,
+        "ema": experiment.ema,
+        "patience": experiment.patience,
+        "select": experiment.select,
+        "views": experiment.views,
+        "augment": asdict(experiment.augment),
+        "seed": experiment.seed,
+        "data": {
+            "root": str(images.root),
+            "hash": data.hash,
+            "split_hash": data.split_hash,
+            "images": {split: len(images.rows(split)) for split in ("train", "val", "test")},
+            "unlabelled": int((images.frame["label"] == "").sum()),
+            "unlabelled_hash": None if unlabelled is None else unlabelled.hash,
+            "patients": data.frame["patient"].nunique() if data.has_patients else None,
+        },
+        "notices": list(images.notices),
+        "versions": versions(),
+        "commit": _commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """Refuse to go on with other data, another network or other settings (`BadInput` names which)."""
+    now = json.loads(json.dumps(now))
+    for name in _SAME:
+        there, here = before.get(name), now[name]
+        if name == "teacher" and there and here:
+            there, here = there.get("key"), here["key"]
+        if there != here:
+            raise BadInput(f"{out}: --resume with {name} {here}, but the run has {there}")
+    for name in ("hash", "split_hash", "unlabelled_hash"):
+        if before.get("data", {}).get(name) != now["data"][name]:
+            raise BadInput(f"{out}: the images have changed since the run started; start a new one in another --out")
+
+
+def describe(student: functools.partial[nn.Module]) -> dict[str, Any]:
+    """How a network is made, as ``run.json`` keeps it.
+
+    Raises:
+        BadInput: it is not a `functools.partial` of a module-level function or class with keyword arguments that
+            JSON can hold.
+    """
+    if not isinstance(student, functools.partial) or student.args:
+        raise BadInput(
+            "student: give functools.partial(Network, keyword=value, ...), so that the run can make it again"
+        )
+    function = f"{student.func.__module__}:{student.func.__qualname__}"
+    if not student.func.__qualname__.isidentifier():
+        raise BadInput(f"student: {function} cannot be found again by its name; define it at the top of its file")
+    try:
+        json.dumps(student.keywords, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"student: the arguments of {function} must fit into JSON ({error})") from None
+    return {"function": function, "arguments": student.keywords}
+
+
+def versions() -> dict[str, str]:
+    """What was installed."""
+    found = {"python": platform.python_version()}
+    for name in ("histill", "torch", "timm", "lightning-fabric", "numpy", "pillow", "onnxruntime"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _made_by(value: Any) -> Any:
+    """A function, a partial or a module as ``run.json`` keeps it."""
+    if isinstance(value, functools.partial):
+        return {"function": _made_by(value.func), "arguments": {n: plain(v) for n, v in value.keywords.items()}}
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _commit() -> str | None:
+    """The commit of the working folder's repository, if it is one."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
