@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from histill.deploy import (
     Predictor,
     TorchPredictor,
+    TorchScriptPredictor,
     check_parity,
     efficiency,
     latency,
@@ -209,6 +209,20 @@ def test_a_shifted_export_is_refused_by_its_largest_difference_and_deleted(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_tolerance_grows_with_the_logits_as_rounding_does(network: Tiny) -> None:
+    scaled, shifted = Tiny(width=16), Tiny(width=16)
+    for other, shift in ((scaled, 0.0), (shifted, 0.5)):
+        other.load_state_dict(network.state_dict())
+        with torch.no_grad():
+            other.head.weight *= 1000
+            other.head.bias += shift
+    export = TorchPredictor(shifted, CLASSES, SIZE)
+    assert np.abs(export.logits(images(4))).max() > 500
+    assert check_parity(scaled, export, images(4))["max_abs_diff"] == pytest.approx(0.5, abs=1e-3)
+    with pytest.raises(Failed, match=r"up to 0\.5 "):
+        check_parity(scaled, export, images(4), tolerance=1e-5)
+
+
 def test_an_export_that_is_not_a_number_is_refused(network: Tiny) -> None:
     broken = Tiny(width=16)
     broken.load_state_dict(network.state_dict())
@@ -233,8 +247,6 @@ def test_a_graph_that_kept_the_batch_size_of_its_tracing_is_found(tmp_path: Path
     with pytest.raises(BadInput, match="does not take images"):
         check_parity(Stuck(), tmp_path / "stuck.pt", images(5))
     module = torch.jit.load(tmp_path / "stuck.pt")
-    from histill.deploy.predictor import TorchScriptPredictor
-
     with pytest.raises(Failed, match="batch of 1"):
         check_parity(Stuck(), TorchScriptPredictor(module, tuple("abc"), SIZE), images(5))
 
@@ -431,14 +443,8 @@ def test_efficiency_tells_what_a_model_costs(network: Tiny, exported: Path, tmp_
     convolutions = SIZE**2 * 432 + (SIZE // 2) ** 2 * 2304
     assert convolutions < student["macs"] < 1.2 * convolutions
     assert student["file_bytes"] == models["student"][1].stat().st_size
-    assert set(student) == {
-        "parameters",
-        "macs",
-        "file_bytes",
-        "peak_memory_bytes",
-        "latency_ms_batch1",
-        "images_per_second",
-    }
+    assert student.keys() == teacher.keys()
+    assert set(student["latency_ms_batch1"]) == {"median", "p95"}
     for figure in ("parameters", "macs", "file_bytes", "peak_memory_bytes"):
         assert 0 < student[figure] < teacher[figure]
     assert student["images_per_second"] > teacher["images_per_second"]
@@ -489,5 +495,4 @@ def test_predicting_reads_no_further_ahead_than_a_batch(network: Tiny) -> None:
 def test_a_predictor_switches_dropout_off() -> None:
     network = Tiny().train()
     predictor = TorchPredictor(network, CLASSES, SIZE)
-    digests = {hashlib.sha256(predictor(images(2)).tobytes()).hexdigest() for _ in range(3)}
-    assert len(digests) == 1
+    assert np.array_equal(predictor(images(2)), predictor(images(2)))

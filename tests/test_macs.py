@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from histill.evaluate.macs import macs, parameters
+from histill.evaluate.cost import macs, parameters
 from histill.models import DSNet, Timm
 from histill.types import Outputs
 

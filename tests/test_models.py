@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import histill.models as models
 from histill.errors import BadInput
-from histill.evaluate.macs import macs, parameters
+from histill.evaluate.cost import macs, parameters
 from histill.models import (
     CSAT,
     SAT,

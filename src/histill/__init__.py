@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from histill import data, deploy, evaluate, losses, models, recipes, schedules, teachers, types
-    from histill.compare import compare
+    from histill.comparison import compare
     from histill.data import Augment, Images, read_images, read_unlabelled, split
     from histill.deploy import export, predict
     from histill.experiment import Experiment, recipe
@@ -30,7 +30,7 @@ _HOMES = {
     "recipe": "experiment",
     "train": "loop",
     "Run": "run",
-    "compare": "compare",
+    "compare": "comparison",
     "export": "deploy",
     "predict": "deploy",
 }

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import cyclopts
 
@@ -22,12 +22,16 @@ app = cyclopts.App(
     "For research use only. Not for diagnosis.",
     version_flags=["--version"],
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 data_app = cyclopts.App(name="data", help="Look at images, make phantom tissue.", result_action="return_value")
 app.command(data_app)
 
 Format = Literal["onnx", "torchscript", "qupath"]
+Count = Annotated[int, cyclopts.Parameter(validator=cyclopts.validators.Number(gte=1))]
+Seconds = Annotated[float, cyclopts.Parameter(validator=cyclopts.validators.Number(gt=0))]
 Interrupted = 130
+_BAD_PATH = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 for _verb, _what in (
@@ -60,9 +64,12 @@ def run(tokens: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail(Interrupted, "interrupted; what was done is kept, go on with --resume where a run was under way")
     except OSError as error:
-        return _fail(1, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        where = f"{error.strerror}: {error.filename or ''}" if error.strerror else f"{type(error).__name__}: {error}"
+        return _fail(2 if isinstance(error, _BAD_PATH) else 1, where.rstrip(": "))
     except MemoryError:
         return _fail(1, "out of memory; use a smaller --batch-size or --image-size")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the user sees one line
+        return _fail(1, f"{type(error).__name__}: {error}", "unforeseen; HISTILL_DEBUG=1 shows where")
     return 0
 
 
@@ -130,7 +137,7 @@ def compare(*runs: Path, split: Literal["test", "val"] = "test", out: Path | Non
         split: the split that is compared.
         out: a folder for summary.json.
     """
-    from histill.compare import compare as work
+    from histill.comparison import compare as work
     from histill.files import write_json
 
     found = work(*runs, split=split)
@@ -141,7 +148,7 @@ def compare(*runs: Path, split: Literal["test", "val"] = "test", out: Path | Non
 
 @app.command
 def predict(
-    model: Path, images: Path, *, out: Path, batch_size: int = 32, strict: bool = False, code: Path | None = None
+    model: Path, images: Path, *, out: Path, batch_size: Count = 32, strict: bool = False, code: Path | None = None
 ) -> None:
     """Class and probabilities of every image in a folder.
 
@@ -186,7 +193,7 @@ def export(
 
 @app.command
 def bench(
-    *models: Path, out: Path | None = None, batch_size: int = 16, seconds: float = 3.0, code: Path | None = None
+    *models: Path, out: Path | None = None, batch_size: Count = 16, seconds: Seconds = 3.0, code: Path | None = None
 ) -> None:
     """Parameters, MACs, file size, memory, latency and images per second, side by side.
 

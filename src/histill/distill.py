@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from histill.data.images import Images, read_images, read_unlabelled
+from histill.data.images import Images, few, read_images, read_unlabelled
+from histill.data.packed import pack
 from histill.data.splits import split
 from histill.errors import BadInput
 from histill.evaluate import figures
 from histill.evaluate.calibration import fit_temperature
-from histill.evaluate.finish import class_rows, counts, gallery_of, scores, settings, tempered
+from histill.evaluate.finish import class_rows, counts, gallery_of, predictions, scores, settings, tempered
 from histill.evaluate.intervals import figures_over_seeds, figures_with_intervals, paired_gain
 from histill.evaluate.metrics import METRICS, Scores, confusion, reliability, roc_curve
+from histill.evaluate.predict import predict_rows
 from histill.evaluate.report import Picture, distill_report
 from histill.experiment import Experiment, load_recipe, parts
-from histill.files import locked, read_json, write_json
+from histill.files import locked, read_json, sweep, write_json
 from histill.loop import train
 from histill.progress import notice, say
 from histill.run import Run
@@ -74,9 +77,12 @@ def distill(
         raise BadInput(f"{recipe} has no function 'student'")
     if teacher is None and "teacher" not in parts(module):
         raise BadInput(f"{recipe} has no function 'teacher'; give one with --teacher RUN")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("histill distill is one process; start histill train with torchrun, a part at a time")
     if seeds < 1:
         raise BadInput(f"--seeds {seeds}: at least 1")
     with locked(out):
+        sweep(out)
         images = read_parts(data, val=val, test=test, seed=seed, patient=patient)
         for line in images.notices:
             notice(line)
@@ -84,6 +90,8 @@ def distill(
             raise BadInput("no test images: nothing could be proven; give --test a share above 0")
         more = None if unlabelled is None else read_unlabelled(unlabelled)
         given = None if teacher is None else Run.open(teacher, code=code)
+        if given is not None:
+            _check_unseen(given, images)
         machine: dict[str, Any] = {"device": device, "precision": precision, "resume": resume}
         runs: list[dict[str, Run]] = []
         for number in range(seeds):
@@ -122,6 +130,8 @@ def shared_arguments(teacher: Sequence[str], given: dict[str, Any]) -> dict[str,
 
 def _doubt(teacher: Run, alone: Run) -> None:
     """Say so where the teacher knows no more than the student does by itself."""
+    if teacher.info["data"]["split_hash"] != alone.info["data"]["split_hash"]:
+        return
     best = [_validation(run) for run in (teacher, alone)]
     if None not in best and best[0] < best[1]:  # type: ignore[operator]
         notice(
@@ -153,6 +163,8 @@ def _prove(recipe: str, out: Path, images: Images, runs: list[dict[str, Run]]) -
     alone, distilled = judged["student_alone"], judged["student_distilled"]
     pair = (alone, distilled) if len(runs) > 1 else (alone[0], distilled[0])
     test["gain"] = paired_gain(*pair, names=METRICS)
+    taught = judged["teacher"] if len(runs) > 1 else judged["teacher"][0]
+    test["gap"] = paired_gain(taught, pair[1], names=[name for name in METRICS if name != "agreement"])
     summary: dict[str, Any] = {"recipe": recipe, "test": test}
     from histill.deploy.deliver import deliver
 
@@ -179,17 +191,29 @@ def _prove(recipe: str, out: Path, images: Images, runs: list[dict[str, Run]]) -
 
 
 def _table(run: Run, images: Images) -> Any:
-    """A run's predictions; a teacher from elsewhere is asked anew where it was judged on other images."""
-    table = run.predictions
-    wanted = images.frame[images.frame["split"] == "test"]
-    held = table[table["split"] == "test"]
-    if run.info["data"]["split_hash"] == images.split_hash or set(wanted["path"]) <= set(held["image"]):
-        return table
-    raise BadInput(f"{run.path} was judged on other test images; train the teacher on the same split")
+    """What a run said of these validation and test images; a teacher of another split is asked anew."""
+    if run.info["data"]["split_hash"] == images.split_hash:
+        return run.predictions
+    packed = pack(images, run.image_size)
+    rows = np.array(packed.images.rows("val") + packed.images.rows("test"), dtype=np.int64)
+    return predictions(packed.images, rows, predict_rows(run.network(), packed, rows), classes=run.classes)
+
+
+def _check_unseen(teacher: Run, images: Images) -> None:
+    """Refuse a teacher that was trained on the images that it is to be judged on."""
+    table = teacher.data.frame
+    seen = set(table["content"][table["split"] == "train"])
+    frame = pack(images, teacher.image_size).images.frame
+    if len(leaked := frame["path"][frame["split"].isin(("val", "test")) & frame["content"].isin(seen)]):
+        raise BadInput(
+            f"leak: {teacher.path} was trained on {len(leaked)} of the validation and test images: {few(leaked)}; "
+            "give it the same split"
+        )
 
 
 def _teacher_notices(trio: dict[str, Run]) -> list[str]:
-    teacher, alone = (_validation(trio[r]) for r in ("teacher", "student_alone"))
+    judged = trio["student_distilled"].info["teacher"].get("validation", {})
+    teacher, alone = judged.get("balanced_accuracy"), _validation(trio["student_alone"])
     lines = []
     if trio["teacher"].info["network"]["arguments"].get("weights", "") is None:
         lines.append("The teacher started from random weights, not from ImageNet.")

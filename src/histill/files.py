@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 from histill.errors import BadInput
 
-__all__ = ["atomic", "cache_dir", "digest", "file_digest", "locked", "read_json", "write_json", "write_text"]
+__all__ = ["atomic", "cache_dir", "digest", "file_digest", "locked", "read_json", "sweep", "write_json", "write_text"]
 
 
 @contextmanager
@@ -70,6 +71,12 @@ def cache_dir(*parts: str) -> Path:
     return path
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written in ``folder``; only who holds it may."""
+    for left in (*folder.glob(".*.tmp"), *folder.glob("figures/.*.tmp")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold ``folder`` for this process (released even by a kill); an error takes it away again where it left nothing.
@@ -80,7 +87,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     lock = folder / ".lock"
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as file:
+        with lock.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -20,8 +23,8 @@ def recipe_command(tokens: list[str]) -> tuple[str, Any]:
     With ``--resume`` the recipe's name is read from ``--out`` and put into ``tokens``.
     """
     verb, name = tokens[0], tokens[1] if len(tokens) > 1 and not tokens[1].startswith("-") else ""
-    if not name and "--resume" in tokens and "--out" in tokens:
-        name = _recorded(verb, Path(tokens[tokens.index("--out") + 1]))
+    if not name and "--resume" in tokens and (out := _option(tokens, "--out")):
+        name = _recorded(verb, Path(out))
         tokens.insert(1, name)
     if not name:
         if {"--help", "-h"} & set(tokens):
@@ -47,15 +50,60 @@ def _named(verb: str) -> Any:
     return command
 
 
+def _option(tokens: list[str], name: str) -> str:
+    """What follows ``name``, empty where nothing does."""
+    for token, following in zip(tokens, [*tokens[1:], ""]):
+        if token == name or token.startswith(f"{name}="):
+            return following if token == name else token.partition("=")[2]
+    return ""
+
+
 def _recorded(verb: str, out: Path) -> str:
     """The recipe of what ``out`` holds."""
-    from histill.distill import resumed
-
     if verb == "distill":
-        return str(resumed(out)["recipe"])
-    if not (out / "run.json").is_file():
-        raise BadInput(f"--resume: {out} holds no run (no run.json in it)")
-    return str(read_json(out / "run.json")["recipe"]["name"])
+        return str(_record(out, "distill.json")["recipe"])
+    return str(_record(out, "run.json")["recipe"]["name"])
+
+
+def _record(out: Path, file: str) -> dict[str, Any]:
+    """What ``out`` says of the run or the distillation that it holds; `BadInput` where it holds none."""
+    if not (out / file).is_file():
+        raise BadInput(f"--resume: {out} holds nothing to go on with (no {file} in it)")
+    record = read_json(out / file)
+    try:
+        if file == "distill.json":
+            record["recipe"], record["arguments"].items()
+        else:
+            record["recipe"]["name"], record["status"], (record.get("command") or {}).items()
+    except (KeyError, TypeError, AttributeError):
+        raise BadInput(f"{out / file} is damaged; start anew in another --out") from None
+    return dict(record)
+
+
+def _check_free(out: Path) -> None:
+    """Refuse an ``out`` that holds a run or cannot become a folder."""
+    if any((out / file).exists() for file in ("distill.json", "run.json")):
+        raise BadInput(f"{out} holds a run already; go on with --resume, or give another --out")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise BadInput(f"--out {out}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK):
+        raise BadInput(f"--out {out}: {there} cannot be written to; give another folder")
+
+
+def _check_finite(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"--{name.replace('_', '-')} {value}: give a finite number")
+
+
+def _check_trains(experiment: Any) -> None:
+    """Raise what training would raise of the network and its optimiser, before a folder is taken."""
+    network = experiment.student()
+    try:
+        experiment.optimizer(network.parameters())
+    except ValueError as error:
+        raise BadInput(f"the optimiser: {error}") from None
 
 
 _COMMON: tuple[tuple[str, Any, Any, str], ...] = (
@@ -131,6 +179,8 @@ def _train_command(name: str) -> Any:
 
     module, part = load_recipe(name)
     if not part:
+        if not parts(module):
+            raise BadInput(f"{name} has no recipe: no function teacher, student, pretrain or finetune")
         raise BadInput(f"histill train runs one part of {name}: {', '.join(f'{name}.{p}' for p in parts(module))}")
     function = getattr(module, part)
     extra = {
@@ -148,18 +198,20 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
     from histill.loop import train
     from histill.run import Run
 
-    values = {n: d for n, (_, d, _) in flags.items()} | values
+    given = values
+    values = {n: d for n, (_, d, _) in flags.items()} | given
     out: Path = values.pop("out")
+    _check_finite(values)
     if values["resume"]:
-        recorded = read_json(out / "run.json")
+        recorded = _record(out, "run.json")
         if recorded["status"] == "finished":
             say(f"{out} is finished; nothing to do")
             return
         if not recorded.get("command"):
             raise BadInput(f"{out} was not started by histill train; resume what started it, in the folder above")
-        values = _agreed(values, flags, recorded["command"])
-    elif (out / "run.json").exists():
-        raise BadInput(f"{out} holds a run already; go on with --resume, or give another --out")
+        values = _agreed(given, values, recorded["command"])
+    else:
+        _check_free(out)
     if values["data"] is None:
         raise BadInput("--data: give a folder of class folders or a CSV manifest")
     record = {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if n != "resume"}
@@ -168,14 +220,16 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
         for n in ("data", "val", "test", "patient", "device", "precision", "resume", "logger", "compile", "code")
     }
     images = read_parts(
-        Path(own["data"]), val=own["val"], test=own["test"], seed=values["seed"], patient=own["patient"]
+        Path(own["data"]), val=own["val"], test=own["test"], seed=values.get("seed", 0), patient=own["patient"]
     )
     if values.get("teacher"):
         values["teacher"] = Run.open(values["teacher"], code=own["code"])
     if values.get("unlabelled"):
         values["unlabelled"] = read_unlabelled(values["unlabelled"])
+    experiment = function(data=images, **values)
+    _check_trains(experiment)
     done = train(
-        function(data=images, **values),
+        experiment,
         out,
         resume=own["resume"],
         device=own["device"],
@@ -187,25 +241,24 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
     say(f"{done.path / 'report.html'}")
 
 
-def _agreed(values: dict[str, Any], flags: Any, recorded: dict[str, Any]) -> dict[str, Any]:
+def _agreed(given: dict[str, Any], values: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
     """The recorded arguments; one given beside them must agree."""
-    for name, (_, default, _) in flags.items():
-        if name in ("out", "resume") or name not in recorded:
-            continue
-        given = str(values[name]) if isinstance(values[name], Path) else values[name]
-        if given != default and given != recorded[name]:
+    for name, value in given.items():
+        said = str(value) if isinstance(value, Path) else value
+        if name in recorded and said != recorded[name]:
             raise BadInput(
-                f"--{name.replace('_', '-')} {given} differs from the run's {recorded[name]}; "
-                "--resume needs --out alone"
+                f"--{name.replace('_', '-')} {said} differs from the run's {recorded[name]}; --resume needs --out alone"
             )
-    return values | {n: v for n, v in recorded.items() if n in flags} | {"resume": True}
+    return values | {n: v for n, v in recorded.items() if n in values} | {"resume": True}
 
 
 def _distill_command(name: str) -> Any:
     from histill.distill import SHARED
     from histill.experiment import load_recipe, parts
 
-    module, _ = load_recipe(name)
+    module, part = load_recipe(name)
+    if part not in ("", "student"):
+        raise BadInput(f"histill distill takes a whole recipe, not {name}; histill train runs one part")
     if not callable(getattr(module, "student", None)):
         raise BadInput(f"{name} has no function 'student'")
     student = _signature(module.student)
@@ -235,36 +288,52 @@ def _distill_command(name: str) -> Any:
 
 
 def _distill(name: str, student: list[str], teacher: list[str], flags: Any, values: dict[str, Any]) -> None:
-    from histill.distill import distill, read_parts, resumed, shared_arguments
+    from histill.data.packed import pack
+    from histill.distill import distill, read_parts, shared_arguments
+    from histill.experiment import load_recipe
 
-    values = {n: d for n, (_, d, _) in flags.items()} | values
+    given = values
+    values = {n: d for n, (_, d, _) in flags.items()} | given
     out: Path = values.pop("out")
+    _check_finite(values)
     if values["resume"]:
-        recorded = resumed(out)
+        recorded = _record(out, "distill.json")
         if (out / "summary.json").is_file():
             say(f"{out} is finished; nothing to do")
             return
-        values = _agreed(values, flags, recorded["arguments"])
-    elif any((out / file).exists() for file in ("distill.json", "run.json")):
-        raise BadInput(f"{out} holds a run already; go on with --resume, or give another --out")
+        values = _agreed(given, values, recorded["arguments"])
+    else:
+        _check_free(out)
     if values["data"] is None:
         raise BadInput("--data: give a folder of class folders or a CSV manifest")
     record = {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if n != "resume"}
-    # Bad images are found before the folder is taken.
-    read_parts(
+    # What is wrong with the images or the student is found before the folder is taken and the teacher trained.
+    images = read_parts(
         Path(values["data"]), val=values["val"], test=values["test"], seed=values["seed"], patient=values["patient"]
     )
+    student_arguments = {n: values[n] for n in student if n not in ("teacher", "unlabelled", "seed")}
+    trial = load_recipe(name)[0].student(data=images, seed=values["seed"], **student_arguments)
+    _check_trains(trial)
+    pack(images, trial.image_size, strict=trial.strict)
     write_json(out / "distill.json", {"recipe": name, "arguments": record})
     paths: dict[str, Any] = {n: values.get(n) and Path(values[n]) for n in ("teacher", "unlabelled", "code")}
-    summary = distill(
-        name,
-        Path(values["data"]),
-        out,
-        **paths,
-        **{n: values[n] for n in ("seeds", "seed", "val", "test", "patient", "device", "precision", "resume")},
-        student_arguments={n: values[n] for n in student if n not in ("teacher", "unlabelled", "seed")},
-        teacher_arguments=shared_arguments(teacher, values),
-    )
+    try:
+        summary = distill(
+            name,
+            Path(values["data"]),
+            out,
+            **paths,
+            **{n: values[n] for n in ("seeds", "seed", "val", "test", "patient", "device", "precision", "resume")},
+            student_arguments=student_arguments,
+            teacher_arguments=shared_arguments(teacher, values),
+        )
+    except BadInput:
+        if not values["resume"] and not any(out.rglob("run.json")):  # nothing was begun: the folder is free again
+            for left in ("distill.json", ".lock"):
+                (out / left).unlink(missing_ok=True)
+            with suppress(OSError):
+                out.rmdir()
+        raise
     print(summary_lines(summary))  # noqa: T201
     print(f"report: {out / 'report.html'}")  # noqa: T201
 

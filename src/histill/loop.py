@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import pickle
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -27,11 +28,12 @@ from histill.errors import BadInput, Failed
 from histill.evaluate.metrics import Scores, metrics
 from histill.evaluate.predict import predict_rows
 from histill.experiment import Experiment
-from histill.files import atomic, cache_dir, digest, locked, read_json, write_json
+from histill.files import atomic, cache_dir, digest, locked, read_json, sweep, write_json
 from histill.machine import launch
 from histill.progress import Bar, notice, progress
-from histill.run import Run, commit, describe, versions
-from histill.teachers import Cached
+from histill.record import check_same, describe, record
+from histill.run import Run, without_weights
+from histill.teachers import Cached, Keyed
 from histill.types import Batch, Objective, Outputs, Teacher, Terms, total
 
 __all__ = ["train"]
@@ -48,7 +50,7 @@ class Learner(nn.Module):
         self.objective = objective
 
     def forward(self, batch: Batch, teacher: Outputs) -> Terms:
-        return self.objective(self.student(batch.images), teacher, batch)
+        return self.objective(Outputs(self.student(batch.images)), teacher, batch)
 
 
 @dataclass
@@ -102,25 +104,34 @@ def train(
     """
     out = Path(out)
     fabric = launch(device, precision, loggers, out)
+    network = describe(experiment.student)
     with locked(out) if fabric.is_global_zero else nullcontext():
-        if (out / "run.json").exists():
+        before = fabric.broadcast(read_json(out / "run.json") if (out / "run.json").exists() else None)
+        if before is not None:
             if not resume:
                 raise BadInput(f"{out} holds a run already; go on with --resume, or give another --out")
-            run = Run.open(out)
-            if run.finished:
-                return run
-        return _train(experiment, out, fabric, compile, keep_checkpoint, checkpoint_seconds, command)
+            if not isinstance(before, dict) or {"network", "status", "started"} - set(before):
+                raise BadInput(f"{out / 'run.json'}: not a run of Histill")
+        if before is None or before["status"] != "finished":
+            if fabric.is_global_zero:
+                sweep(out)
+            _train(experiment, out, before, fabric, compile, keep_checkpoint, checkpoint_seconds, command)
+        elif before["network"]["function"] != network["function"]:
+            raise BadInput(f"{out} is finished, with the network {before['network']['function']}; give another --out")
+        fabric.barrier()
+        return Run(out, read_json(out / "run.json"), without_weights(experiment.student))
 
 
 def _train(
     experiment: Experiment,
     out: Path,
+    before: dict[str, Any] | None,
     fabric: Fabric,
     compile: bool,
     keep_checkpoint: bool,
     checkpoint_seconds: float,
     command: dict[str, Any] | None,
-) -> Run:
+) -> None:
     data = experiment.data if experiment.unlabelled is None else _joined(experiment.data, experiment.unlabelled)
     packed = pack(data, experiment.image_size, strict=experiment.strict)
     for line in packed.images.notices:
@@ -138,30 +149,35 @@ def _train(
     optimizer = experiment.optimizer(learner.parameters())
     rates = [group["lr"] for group in optimizer.param_groups]
     forward, optimizer = fabric.setup(torch.compile(learner) if compile else learner, optimizer)
+    info = record(experiment, packed, student) | {
+        "selection": {"rule": _rule(experiment)},
+        "device": str(fabric.device),
+        "precision": fabric._precision.precision,
+        "processes": fabric.world_size,
+        "command": command,
+    }
     state = State()
     best: dict[str, Tensor] = {}
     checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=fabric.device, weights_only=True)
-        learner.load_state_dict(saved["learner"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state, best = State(**saved["state"]), saved["best"]
-        if average:
-            average.network.load_state_dict(saved["average"])
-
-    info = _info(experiment, packed, rows, fabric, student) | {"command": command}
-    if (out / "run.json").exists():
-        _check_same(read_json(out / "run.json"), info, out)
-        info |= {name: read_json(out / "run.json")[name] for name in ("started", "command")}
-    if experiment.teacher is not None and len(rows["val"]):
-        info["teacher"] = _judge_teacher(experiment.teacher, experiment, packed, rows["val"], fabric)
+    if before is not None:
+        check_same(before, info, out)
+        info |= {name: before.get(name) for name in ("started", "command")}
+        if saved := _load(checkpoint, fabric.device):
+            learner.load_state_dict(saved["learner"])
+            optimizer.load_state_dict(saved["optimizer"])
+            state, best = State(**saved["state"]), saved["best"]
+            if average:
+                average.network.load_state_dict(saved["average"])
+    teacher = _teacher(experiment, packed)
     if fabric.is_global_zero:
+        if experiment.teacher is not None and len(rows["val"]):
+            info["teacher"] |= _judge_teacher(experiment.teacher, experiment, packed, rows["val"], fabric)
         packed.images.save(out / "data.csv")
         write_json(out / "run.json", info)
-    teacher = _teacher(experiment, packed)
 
     def save() -> None:
-        fabric.barrier()
+        if isinstance(teacher, Cached):
+            teacher.flush()  # what was heard up to here is heard again after a resume, bit for bit
         if fabric.is_global_zero:
             everything = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict()}
             everything |= {"state": asdict(state), "best": best}
@@ -175,16 +191,16 @@ def _train(
     seen = state.epoch * len(rows["train"]) + state.step * experiment.batch_size
     with progress(f"training {out.name}", experiment.epochs * len(rows["train"])) as bar:
         bar.advance(seen)
-        while state.epoch < experiment.epochs:
+        while not _over(experiment, state):
             learner.train()
             order = np.random.default_rng((experiment.seed, state.epoch)).permutation(rows["train"])
             while state.step < steps:
                 start = time.monotonic()
                 batch_rows = order[state.step * experiment.batch_size :][: experiment.batch_size]
-                torch.manual_seed(_mixed(experiment.seed, state.epoch, state.step))
+                torch.manual_seed(_mixed(experiment.seed, state.epoch, state.step, fabric.global_rank))
                 when = state.epoch + state.step / steps
                 for group, rate in zip(optimizer.param_groups, rates):
-                    group["lr"] = rate * experiment.schedule(when)
+                    group["lr"] = float(rate * experiment.schedule(when))
                 if len(batch_rows) > 1 or steps == 1:
                     _step(experiment, packed, batch_rows, state, teacher, forward, optimizer, fabric)
                     if average:
@@ -202,21 +218,30 @@ def _train(
                 _write_log(state, out)
                 fabric.log_dict(row, step=state.epoch)
             state.epoch, state.step, state.images, state.seconds, state.sums = state.epoch + 1, 0, 0, 0.0, {}
-            stale = state.epoch - 1 - state.best_epoch
-            stop = experiment.patience is not None and stale >= experiment.patience
-            if stop or time.monotonic() - saved_at >= checkpoint_seconds or state.epoch == experiment.epochs:
+            if _over(experiment, state) or time.monotonic() - saved_at >= checkpoint_seconds:
                 save()
                 saved_at = time.monotonic()
-            if stop:
-                break
     if isinstance(teacher, Cached):
         teacher.flush()
     if fabric.is_global_zero:
         _finish(experiment, out, info, state, judged, best, packed, rows, fabric)
         if not keep_checkpoint:
             checkpoint.unlink(missing_ok=True)
-    fabric.barrier()
-    return Run.open(out) if experiment.student.func.__module__.startswith("histill.") else _own(out, experiment)
+
+
+def _load(checkpoint: Path, device: torch.device) -> dict[str, Any] | None:
+    if not checkpoint.exists():
+        return None
+    try:
+        return dict(torch.load(checkpoint, map_location=device, weights_only=True))
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise BadInput(f"{checkpoint} is damaged; remove it to start again") from None
+
+
+def _over(experiment: Experiment, state: State) -> bool:
+    """Whether the last epoch is done, or ``patience`` of them brought nothing better."""
+    stale = state.epoch - 1 - state.best_epoch
+    return state.epoch >= experiment.epochs or (experiment.patience is not None and stale >= experiment.patience)
 
 
 def _step(
@@ -233,6 +258,7 @@ def _step(
     view = state.epoch % (experiment.views or experiment.epochs)
     parts = np.array_split(rows, fabric.world_size * experiment.accumulate)
     mine = parts[fabric.global_rank :: fabric.world_size]
+    raw: dict[str, float] = {}
     for number, part in enumerate(mine):
         share = len(part) / len(rows)
         part = part if len(part) else rows[:1]  # a process without images still takes part, with no weight
@@ -250,17 +276,21 @@ def _step(
             terms = forward(batch, said)
             fabric.backward(total(terms) * share * fabric.world_size)
         for name, (weight, loss) in terms.items():
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise Failed(
-                    f"the loss term {name!r} is {value} in epoch {state.epoch} step {state.step}; "
-                    "lower --lr, or clip the gradient; the last checkpoint is kept"
-                )
-            state.sums[f"raw/{name}"] = state.sums.get(f"raw/{name}", 0.0) + value * share * len(rows)
+            raw[name] = raw.get(name, 0.0) + float(loss.detach()) * share
             state.sums[f"weight/{name}"] = float(weight)
+    if fabric.world_size > 1:  # every process knows, logs and fails on the same figures
+        summed = fabric.all_reduce(torch.tensor(list(raw.values()), dtype=torch.float64), reduce_op="sum")
+        raw = dict(zip(raw, summed.tolist()))
+    for name, value in raw.items():
+        if not math.isfinite(value):
+            raise Failed(
+                f"the loss term {name!r} is {value} in epoch {state.epoch} step {state.step}; "
+                "lower --lr, or clip the gradient"
+            )
+        state.sums[f"raw/{name}"] = state.sums.get(f"raw/{name}", 0.0) + value * len(rows)
     state.images += len(rows)
-    if experiment.clip:
-        fabric.clip_gradients(forward, optimizer, max_norm=experiment.clip)
+    if experiment.clip:  # a gradient that is not finite shows in the next step's loss, which names the term
+        fabric.clip_gradients(forward, optimizer, max_norm=experiment.clip, error_if_nonfinite=False)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -282,8 +312,6 @@ def _close_epoch(
     """The epoch's row of the log."""
     names = [name.removeprefix("raw/") for name in state.sums if name.startswith("raw/")]
     raw = {n: state.sums[f"raw/{n}"] / max(state.images, 1) for n in names}
-    if fabric.world_size > 1:
-        raw = {n: float(fabric.all_reduce(torch.tensor(v), reduce_op="sum")) for n, v in raw.items()}
     weight = {n: state.sums[f"weight/{n}"] for n in names}
     row = {
         "epoch": state.epoch,
@@ -293,9 +321,14 @@ def _close_epoch(
         **{f"raw/{n}": raw[n] for n in names},
         **{f"weight/{n}": weight[n] for n in names},
     }
-    if len(val):
+    if len(val) and fabric.is_global_zero:
         said = predict_rows(judged, packed, val, device=fabric.device)["logits"]
+        if not np.isfinite(said).all():
+            raise Failed(
+                f"the network gives no finite logits after epoch {state.epoch}; lower --lr, or clip the gradient"
+            )
         row |= {f"val/{n}": v for n, v in _validate(said, packed, val).items()}
+    row = dict(fabric.broadcast(row))  # batch norms differ between processes; what they decide must not
     state.log.append(row)
     return row
 
@@ -320,7 +353,9 @@ def _better(experiment: Experiment, state: State, row: dict[str, float]) -> bool
         value = -loss
     else:
         value = row[f"val/{experiment.select}"]
-    better = (value, -loss) > (state.best, -state.best_loss)
+    if math.isnan(value):  # a figure that the validation images cannot give
+        value = -math.inf
+    better = state.best_epoch < 0 or (value, -loss) > (state.best, -state.best_loss)
     if better:
         state.best, state.best_loss, state.best_epoch = value, loss, state.epoch
     return better
@@ -348,7 +383,7 @@ def _judge_teacher(
     for start in range(0, len(val), 64):
         outputs = teacher(packed.batch(val[start : start + 64], device=fabric.device))
         if "logits" not in outputs or outputs["logits"].shape[1:] != (len(experiment.data.classes),):
-            return {"key": getattr(teacher, "key", "")}
+            return {}
         said.append(outputs["logits"].double().cpu().numpy())
     figures = _validate(np.concatenate(said), packed, val)
     share, chance = figures["balanced_accuracy"], 1 / len(experiment.data.classes)
@@ -356,7 +391,7 @@ def _judge_teacher(
         notice(
             f"the teacher is hardly better than chance on validation (balanced accuracy {share:.3f}); expect no gain"
         )
-    return {"key": getattr(teacher, "key", ""), "validation": figures}
+    return {"validation": {name: value if math.isfinite(value) else None for name, value in figures.items()}}
 
 
 def _teacher(experiment: Experiment, packed: Packed) -> Teacher | None:
@@ -364,18 +399,18 @@ def _teacher(experiment: Experiment, packed: Packed) -> Teacher | None:
     teacher, views = experiment.teacher, experiment.views
     if teacher is None or not experiment.cache or views is None or views >= experiment.epochs:
         return teacher
-    if isinstance(teacher, Cached) or not hasattr(teacher, "key"):
+    if isinstance(teacher, Cached) or not isinstance(teacher, Keyed):
         return teacher
     identity = {
-        "views": experiment.augment.key(experiment.seed),
-        "pixels": digest(packed.images.frame["content"].tolist()),
-        "size": experiment.image_size,
+        "image_size": experiment.image_size,
+        "data": digest(packed.images.frame["content"].tolist()),
+        **experiment.augment.key(experiment.seed),
     }
-    shape = {"images": len(packed.images), "views": views}
-    key = digest([teacher.key, identity, shape, experiment.cache_outputs])[:24]
+    images, outputs = len(packed.images), experiment.cache_outputs
+    key = digest([teacher.key, identity, images, views, outputs])[:24]
     folder = cache_dir("teachers", key) if experiment.cache is True else Path(experiment.cache)
     folder.mkdir(parents=True, exist_ok=True)
-    return Cached(teacher, folder, **shape, identity=identity, outputs=experiment.cache_outputs)
+    return Cached(teacher, folder, images=images, views=views, identity=identity, outputs=outputs)
 
 
 class _Average:
@@ -393,68 +428,6 @@ class _Average:
                 mean.lerp_(value, weight)
             else:
                 mean.copy_(value)
-
-
-def _info(
-    experiment: Experiment,
-    packed: Packed,
-    rows: dict[str, NDArray[np.int64]],
-    fabric: Fabric,
-    student: nn.Module,
-) -> dict[str, Any]:
-    """What ``run.json`` says when a run starts."""
-    images = packed.images
-    labelled = images.frame[images.frame["label"] != ""]
-    return {
-        "status": "running",
-        "recipe": experiment.recipe,
-        "network": describe(experiment.student),
-        "parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
-        "classes": list(experiment.data.classes),
-        "positive": experiment.positive,
-        "image_size": experiment.image_size,
-        "epochs": experiment.epochs,
-        "batch_size": experiment.batch_size,
-        "views": experiment.views,
-        "augment": asdict(experiment.augment),
-        "seed": experiment.seed,
-        "data": {
-            "root": str(images.root),
-            "hash": experiment.data.hash,
-            "split_hash": experiment.data.split_hash,
-            "images": {split: len(r) for split, r in rows.items()},
-            "unlabelled": len(images) - len(labelled),
-            "patients": labelled["patient"].nunique() if experiment.data.has_patients else None,
-        },
-        "notices": list(images.notices),
-        "selection": {"rule": _rule(experiment)},
-        "versions": versions(),
-        "commit": commit(),
-        "device": str(fabric.device),
-        "precision": fabric._precision.precision,
-        "processes": fabric.world_size,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
-    """Refuse to go on with other data or another network."""
-    for name in (
-        "network",
-        "classes",
-        "image_size",
-        "epochs",
-        "batch_size",
-        "views",
-        "augment",
-        "seed",
-        "precision",
-    ):
-        if before.get(name) != now[name]:
-            raise BadInput(f"{out}: --resume with {name} {now[name]}, but the run has {before.get(name)}")
-    for name in ("hash", "split_hash"):
-        if before["data"][name] != now["data"][name]:
-            raise BadInput(f"{out}: the images have changed since the run started; start a new one in another --out")
 
 
 def _write_log(state: State, out: Path) -> None:
@@ -493,17 +466,14 @@ def _finish(
     write_json(out / "run.json", info | {"status": "finished"})
 
 
-def _own(out: Path, experiment: Experiment) -> Run:
-    """The run of a network that is not ours, in the process that has its code."""
-    return Run(out, read_json(out / "run.json"), experiment.student)
-
-
 def _joined(data: Images, unlabelled: Images) -> Images:
-    """Labelled and unlabelled images as one table, the unlabelled ones in the training split."""
+    """Labelled and unlabelled images as one table, the unlabelled ones in the training split.
+
+    A copy of a training image is left out; one of a validation or test image is found as a leak when they are packed.
+    """
     extra = unlabelled.frame.assign(path=[os.path.relpath(p, data.root) for p in unlabelled.paths()], split="train")
-    known = set(data.frame["content"])
+    known = set(data.frame["content"][data.frame["split"] == "train"])
     fresh = extra[~extra["content"].isin(known)]
-    lines = [f"{len(extra) - len(fresh)} unlabelled images are among the labelled ones, left out"] * (
-        len(fresh) < len(extra)
-    )
+    copies = len(extra) - len(fresh)
+    lines = [f"{copies} unlabelled images are among the labelled training images, left out"] if copies else []
     return data.with_frame(pd.concat([data.frame, fresh]), *unlabelled.notices, *lines)

@@ -21,11 +21,11 @@ def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fa
     Raises:
         BadInput: no such device, precision or logger here.
     """
-    device = device.split(":")[0]
+    device, _, index = device.partition(":")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device not in ("cpu", "cuda", "mps"):
-        raise BadInput(f"--device {device}: one of auto, cpu, cuda, mps")
+    if device not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+        raise BadInput(f"--device {device}: one of auto, cpu, cuda, cuda:1, mps")
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch sees no CUDA device here; use --device cpu")
     if precision == "auto":
@@ -35,10 +35,10 @@ def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fa
     try:
         fabric = Fabric(
             accelerator=device,
-            devices=local,
+            devices=[int(index)] if index and device == "cuda" and world == 1 else local,
             num_nodes=max(1, world // local),
             strategy="ddp" if world > 1 else "auto",
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision,
             loggers=[_logger(name, out) for name in loggers],
         )
     except ValueError as error:
@@ -50,8 +50,8 @@ def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fa
 def computes_bf16(device: str) -> bool:
     """Whether bf16 is computed, not emulated: without AVX-512 BF16 or AMX it is many times slower than float32."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _logger(name: str, out: Path) -> Logger:
@@ -64,6 +64,6 @@ def _logger(name: str, out: Path) -> Logger:
         require(name, "tracking")
         made = require("pytorch_lightning.loggers", "tracking")
         if name == "mlflow":
-            return made.MLFlowLogger(experiment_name="histill", run_name=out.name)  # type: ignore[no-any-return]
-        return made.WandbLogger(project="histill", name=out.name, save_dir=out)  # type: ignore[no-any-return]
+            return made.MLFlowLogger(experiment_name="histill", run_name=out.name)
+        return made.WandbLogger(project="histill", name=out.name, save_dir=out)
     raise BadInput(f"logger {name!r}: one of tensorboard, mlflow, wandb (log.csv is always written)")

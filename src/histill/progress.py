@@ -26,13 +26,18 @@ _EVERY_S = 20.0
 
 
 def say(line: str) -> None:
-    """A line for people, on stderr."""
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+    """A line for people, on stderr; of several processes that ``torchrun`` started the first speaks."""
+    if _first_process():
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def notice(line: str) -> None:
     """Something the user should know and need not act on."""
     say(f"note: {line}")
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _Rate(ProgressColumn):
@@ -67,7 +72,7 @@ class Bar:
 def progress(what: str, total: int, unit: str = "images") -> Iterator[Bar]:
     """A bar on a terminal, otherwise a line every 20 s; silent with ``HISTILL_QUIET=1``."""
     console = Console(stderr=True)
-    if os.environ.get("HISTILL_QUIET"):
+    if os.environ.get("HISTILL_QUIET") or not _first_process():
         yield Bar(what, total, unit, Progress(disable=True))
     elif console.is_terminal:
         columns = (

@@ -56,7 +56,7 @@ class Run:
             function, arguments = network["function"], network["arguments"]
             tuple(info["classes"]), int(info["image_size"]), info["status"], info["data"]["hash"]
             build = functools.partial(_resolve(path, str(function), code), **arguments)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, BadInput):
                 raise
             raise BadInput(f"{path / 'run.json'}: not a run of Histill ({type(error).__name__}: {error})") from None

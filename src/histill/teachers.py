@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from histill.types import Batch, Outputs
 __all__ = ["Cached", "Ensemble", "Frozen", "Keyed", "as_teacher"]
 
 
+@runtime_checkable
 class Keyed(Protocol):
     """A teacher that can be cached: a `Teacher` with a ``key`` that changes whenever its outputs could."""
 
@@ -139,31 +140,24 @@ class Cached:
 
     def __call__(self, batch: Batch) -> Outputs:
         views, ids = batch.views.numpy(), batch.ids.numpy()
-        missing = np.flatnonzero(~self._known[views, ids])
-        if len(missing):
+        missing = ~self._known[views, ids]
+        if missing.any():
             self._ask(batch, missing)
-        self.asked += len(missing)
-        self.read += len(ids) - len(missing)
+        self.asked += int(missing.sum())
+        self.read += int((~missing).sum())
         return Outputs({n: self._tensor(self._open(n)[views, ids], batch.images.device) for n in self.outputs})
 
     def _tensor(self, values: NDArray[Any], device: torch.device) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).float().to(device)
 
-    def _ask(self, batch: Batch, missing: NDArray[np.int64]) -> None:
-        rows = torch.from_numpy(missing)
-        part = Batch(
-            batch.images[rows.to(batch.images.device)],
-            batch.labels[rows.to(batch.labels.device)],
-            batch.ids[rows],
-            batch.views[rows],
-            lambda size: batch.at(size)[rows.to(batch.images.device)],
-        )
-        said = self.teacher(part)
+    def _ask(self, batch: Batch, missing: NDArray[np.bool_]) -> None:
+        """Ask about the whole batch, keep what is missing: an answer's last bit can depend on the batch around it."""
+        said = self.teacher(batch)
         if not self._stores:
             self._make(said)
-        views, ids = part.views.numpy(), part.ids.numpy()
+        views, ids = batch.views.numpy()[missing], batch.ids.numpy()[missing]
         for name in self.outputs:
-            self._open(name)[views, ids] = said[name].cpu().numpy().astype(self.dtype)
+            self._open(name)[views, ids] = said[name].cpu().numpy()[missing].astype(self.dtype)
         self._known[views, ids] = True
         self._pending.append((views, ids))
         if time.monotonic() - self._saved > 10:

@@ -12,18 +12,28 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Network", "Objective", "Outputs", "Teacher", "Terms"]
+from histill.errors import BadInput
+
+__all__ = ["Batch", "Network", "NoOutput", "Objective", "Outputs", "Teacher", "Terms"]
+
+
+class NoOutput(BadInput, KeyError):
+    """An objective asked for an output that is not there."""
+
+    __str__ = Exception.__str__
 
 
 class Outputs(dict[str, Tensor]):
     """What a network or a teacher says of a batch: named tensors, always with ``"logits"``.
 
     ``logits`` is ``(B, C)`` for classification and ``(B, C, H, W)`` for segmentation. A name that is not there
-    raises `KeyError` with the names that are, so that a typo in an objective is found on the first batch.
+    raises `NoOutput`, a `KeyError`, with the names that are, so that a typo in an objective is found on the first
+    batch.
     """
 
     def __missing__(self, name: str) -> Tensor:
-        raise KeyError(f"no output named {name!r}; this network gives: {', '.join(sorted(self))}")
+        there = ", ".join(sorted(self)) or "nothing, there is no teacher"
+        raise NoOutput(f"no output named {name!r}; this network gives: {there}")
 
 
 class Batch(NamedTuple):

@@ -64,11 +64,11 @@ def check(images: Images, out: Path | None = None) -> Check:
         for look in pool.map(_look, images.paths()):
             looks.append(look)
             bar.advance()
-    frame = images.frame.assign(**pd.DataFrame(looks).to_dict("list"))
+    frame = pd.concat([images.frame, pd.DataFrame(looks, index=images.frame.index)], axis=1)
     readable = frame[frame["error"] == ""]
     if not len(readable):
         raise BadInput(f"{images.root}: none of {len(frame)} images is readable")
-    notices, errors = list(images.notices), []
+    notices, errors = list(images.notices), list[str]()
     if len(bad := frame[frame["error"] != ""]):
         notices.append(f"{len(bad)} unreadable images: {few(bad['error'])}")
     if len(odd := readable[readable["mode"] != ""]):

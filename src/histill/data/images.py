@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -95,7 +96,9 @@ class Images:
         """Write the table as a manifest beside its root (`Images.load` reads it)."""
         with atomic(path) as temporary:
             header = {"root": str(self.root.resolve()), "classes": self.classes}
-            text = f"# {json.dumps(header, ensure_ascii=False)}\n{self.frame.to_csv(index=False)}"
+            text = (
+                f"# {json.dumps(header, ensure_ascii=False)}\n{self.frame.to_csv(index=False, quoting=csv.QUOTE_ALL)}"
+            )
             temporary.write_text(text, encoding="utf-8", newline="")
 
     @classmethod
@@ -256,7 +259,9 @@ def _from_folder(folder: Path) -> pd.DataFrame:
 def _from_manifest(file: Path, needed: Sequence[str] = ("path", "label")) -> pd.DataFrame:
     try:
         # Without a header, so that a row of more fields than the first is an error and not an index.
-        frame = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig", header=None).fillna("")
+        frame = pd.read_csv(
+            file, header=None, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig"
+        ).fillna("")
     except UnicodeDecodeError as error:
         raise BadInput(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:

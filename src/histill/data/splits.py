@@ -29,8 +29,8 @@ def split(data: Images, *, val: float = 0.15, test: float = 0.15, seed: int = 0)
     """
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
         raise BadInput(f"val={val} and test={test}: shares must be at least 0 and together below 1")
-    if seed < 0:
-        raise BadInput(f"seed={seed}: must be at least 0")
+    if not 0 <= seed < 2**63:
+        raise BadInput(f"seed={seed}: must be at least 0 and below 2^63")
     frame = data.frame.copy()
     given = set(frame["split"]) - {""}
     if given and "train" not in given:

@@ -66,7 +66,7 @@ def uniform(seed: int, ids: Tensor, views: Tensor, draws: int = _DRAWS) -> NDArr
         for part in (ids.cpu().numpy(), views.cpu().numpy()):
             key = _mix(key ^ _mix(part.astype(np.uint64) + _GOLDEN))
         bits = _mix(key[:, None] + np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN)
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -122,7 +122,8 @@ def _move(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
         torch.stack([sy * sin, sy * cos, shift[:, 1]], 1),
     )
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    moved = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return moved.clamp(0, 1)  # the four weights add up to one only nearly
 
 
 def _colour(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
@@ -135,4 +136,5 @@ def _colour(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
     mean = images.mean((2, 3), keepdim=True).mean(1, keepdim=True)
     images = mean + (images - mean) * contrast
     grey = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-    return (grey + (images - grey) * saturation).clamp(0, 1)
+    coloured: Tensor = grey + (images - grey) * saturation
+    return coloured.clamp(0, 1)

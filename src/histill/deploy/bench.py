@@ -120,7 +120,7 @@ def efficiency(
         Failed: a file does not run in a process of its own.
     """
     from histill.deploy.predictor import open_model
-    from histill.evaluate.macs import macs
+    from histill.evaluate.cost import macs
 
     predictors = {name: open_model(path, threads=threads) for name, (_, path) in models.items()}
     limits: dict[str, Any] = {"repeats": repeats, "seconds": seconds, "progress": progress}

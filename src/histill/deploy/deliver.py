@@ -79,7 +79,8 @@ def export(
         raise BadInput("--int8 goes with --format onnx")
     names = {"onnx": "model.onnx", "torchscript": "model.pt", "qupath": "qupath"}
     path = Path(out) if out is not None else run.path / names[format]
-    network, kind = run.network(), {"image_size": run.image_size, "classes": run.classes, "mpp": mpp}
+    network = run.network()
+    kind: dict[str, Any] = {"image_size": run.image_size, "classes": run.classes, "mpp": mpp}
     val = _images(run, "val", _CHECKED)
     if format == "qupath":
         if mpp is None:
@@ -90,7 +91,7 @@ def export(
         model = to_torchscript(network, path, extra=_provenance(run), **kind)
     else:
         model = to_onnx(network, path, extra=_provenance(run), **kind)
-    files = {format: {"path": str(path), **check_parity(network, model, val)}}
+    files: dict[str, dict[str, Any]] = {format: {"path": str(path), **check_parity(network, model, val)}}
     files[format] |= _accuracy(run, open_model(model))
     if int8:
         small = path.with_name(f"{path.stem}.int8.onnx")
@@ -113,9 +114,9 @@ def deliver(out: Path, student: Run, teacher: Run) -> dict[str, Any]:
     files = export(student, out / "student.onnx", int8=True).files
     for found in files.values():
         found["path"] = Path(found["path"]).name
-    with tempfile.TemporaryDirectory(dir=out, prefix=".teacher-") as folder:
+    with tempfile.TemporaryDirectory(dir=out, prefix=".teacher-", suffix=".tmp") as folder:
         large = teacher.network()
-        kind = {"image_size": teacher.image_size, "classes": teacher.classes}
+        kind: dict[str, Any] = {"image_size": teacher.image_size, "classes": teacher.classes}
         path = to_onnx(large, Path(folder) / "teacher.onnx", **kind)
         small = student.network()
         models = {
@@ -136,7 +137,7 @@ def bench(
     Returns:
         What ``summary.json`` holds, by model, and the same as a table.
     """
-    from histill.evaluate.macs import macs
+    from histill.evaluate.cost import macs
 
     if not models:
         raise BadInput("bench needs a run, an .onnx or a TorchScript file")

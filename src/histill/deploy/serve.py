@@ -52,10 +52,9 @@ def predict(
         for found in predict_folder(
             predictor, paths, lambda path: load(path, predictor.image_size), batch=batch_size, progress=bar.advance
         ):
-            if found.error:
+            if (p := found.probabilities) is None:
                 failed.append(found.error)
                 continue
-            p = found.probabilities
             row = {
                 "image": Path(found.path).relative_to(root).as_posix(),
                 "prediction": predictor.classes[int(p.argmax())],

@@ -39,7 +39,9 @@ def predictions(
     frame = images.frame.iloc[rows]
     table: dict[str, Any] = {"image": frame["path"].tolist(), "patient": frame["patient"].tolist()}
     table |= {"split": frame["split"].tolist(), "label": frame["label"].tolist()}
-    probabilities = {name: softmax(logits) for name, logits in said.items()}
+    probabilities = {
+        name: softmax(logits) for name, logits in (said or {"logits": np.empty((0, len(classes)))}).items()
+    }
     table["prediction"] = [classes[i] for i in probabilities["logits"].argmax(1)]
     for name, p in probabilities.items():
         prefix = "prob_" if name == "logits" else f"{name}_prob_"

@@ -72,6 +72,8 @@ def create(name: str, classes: int, *, pretrained: bool, **arguments: Any) -> An
     """A bare timm network, or an error that says which names there are."""
     if not name.startswith(_HUBS):
         _check(name, pretrained)
+    if "checkpoint_path" in arguments:
+        raise BadInput("weights come from --weights, which reads tensors only, not from timm's checkpoint_path")
     arguments = {key: _layer(key, value) for key, value in arguments.items()}
     try:
         if not pretrained and not name.startswith(_HUBS):

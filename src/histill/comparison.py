@@ -63,14 +63,12 @@ def compare(*runs: Run | str | Path, split: str = "test", names: Sequence[str] |
             raise BadInput(f"{run.path} has other classes than {first.path}")
         if not run.finished:
             raise BadInput(f"{run.path} is not finished; go on with --resume")
-    tables = [run.predictions for run in opened]
-    images = [t["image"][t["split"] == split].tolist() for t in tables]
-    for run, listed in zip(opened, images):
-        if sorted(listed) != sorted(images[0]):
+        if _images(run, split) != _images(first, split):
             raise BadInput(
                 f"{run.path} and {first.path} were not judged on the same {split} images; same data, same split"
             )
-    tables = [t.set_index("image", drop=False).loc[images[0]] for t in tables]
+    images = first.predictions.query("split == @split")["image"]
+    tables = [run.predictions.set_index("image", drop=False).loc[images] for run in opened]
     found = [scores(t, first.classes, positive=first.info["positive"]) for t in tables]
     called = list(names) if names else _distinct([run.path for run in opened])
     return Comparison(
@@ -80,6 +78,12 @@ def compare(*runs: Run | str | Path, split: str = "test", names: Sequence[str] |
             "gain": {name: paired_gain(found[0], s) for name, s in zip(called[1:], found[1:])},
         }
     )
+
+
+def _images(run: Run, split: str) -> list[tuple[str, ...]]:
+    """What the run was judged on: names, pixels and labels."""
+    frame = run.data.frame
+    return sorted(frame.loc[frame["split"] == split, ["path", "content", "label"]].itertuples(index=False, name=None))
 
 
 def _distinct(paths: list[Path]) -> list[str]:
