@@ -217,6 +217,7 @@ def test_the_users_own_recipe(refused, tmp_path: Path, folder: MakeFolder) -> No
         "divides": "def f(data):\n    1 / 0\n",
     }
     bodies["stops"] = "def f(data):\n    raise KeyboardInterrupt\n"
+    bodies["eats"] = "import torch\ndef f(data):\n    raise torch.OutOfMemoryError('of 80 GB')\n"
     for name, body in bodies.items():
         (tmp_path / f"{name}.py").write_text(body)
     sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
@@ -228,6 +229,7 @@ def test_the_users_own_recipe(refused, tmp_path: Path, folder: MakeFolder) -> No
         refused(["train", f"{tmp_path}/odd.py:f", *rest], "odd.py", "SyntaxError")
         refused(["train", f"{tmp_path}/fails.py:f", *rest], "fails.py", "RuntimeError: no")
         refused(["train", f"{tmp_path}/divides.py:f", *rest], "ZeroDivisionError", "HISTILL_DEBUG=1", status=1)
+        refused(["train", f"{tmp_path}/eats.py:f", *rest], "out of memory", "--batch-size", status=1)
         refused(["train", f"{tmp_path}/stops.py:f", *rest], "interrupted", "--resume", status=130)
     finally:
         sys.dont_write_bytecode = before
@@ -395,16 +397,14 @@ def test_help_answers_at_once_and_without_heavy_imports() -> None:
     assert {"torch", "pandas", "numpy", "timm", "matplotlib", "onnx", "sklearn", "PIL"}.isdisjoint(done.stderr.split())
 
 
-def test_status_and_line_of_a_process(tmp_path: Path) -> None:
+def test_status_and_line_of_a_process() -> None:
+    code = "from histill.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", "from histill.cli import main; main()", "data", "check", str(tmp_path / "gone")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+        [sys.executable, "-c", code, "predikt"], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"histill: --data {tmp_path / 'gone'}: no such folder or manifest\n"
+    assert done.stderr.startswith('histill: Unknown command "predikt". Did you mean "predict"?')
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("verb", VERBS)

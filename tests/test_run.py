@@ -215,7 +215,7 @@ def test_a_hostile_run_imports_and_calls_nothing(run: Run, tmp_path: Path, monke
     hostile = {"network": {"function": function, "arguments": {"name": "touch " + str(tmp_path / "sung")}}}
     folder = altered(run, tmp_path / "run", lambda info: info | hostile)
     with pytest.raises(BadInput, match=r"is no network of Histill|not one of Histill's; give its file with --code"):
-        Run.open(folder)
+        Run.open(folder).network()
     assert not (tmp_path / "sung").exists()
     assert "canary" not in sys.modules
 
@@ -283,8 +283,10 @@ def test_a_users_network_needs_its_code(data: Images, tmp_path: Path, monkeypatc
     network = load_code(tmp_path / "own.py").Own
     run = hs.train(experiment(data, student=partial(network, classes=2)), tmp_path / "run")
     weight = run.network().head.weight
+    read = Run.open(run.path)
+    assert len(read.predictions) == 16, "what the folder holds is read without the network"
     with pytest.raises(BadInput, match="give its file with --code"):
-        Run.open(run.path)
+        read.network()
     assert torch.equal(Run.open(run.path, code=tmp_path / "own.py").network().head.weight, weight)
     (tmp_path / "other.py").write_text("x = 1")
     with pytest.raises(BadInput, match=r"other.py has no Own"):

@@ -44,7 +44,7 @@ OF_ONE_CLASS = st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=20), mi
 
 
 @given(classes=OF_ONE_CLASS, val=SHARES, test=SHARES, seed=st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_patients_of_one_class_are_divided_in_proportion(
     classes: list[list[int]], val: float, test: float, seed: int
 ) -> None:
@@ -65,7 +65,7 @@ def test_patients_of_one_class_are_divided_in_proportion(
     val=SHARES,
     test=SHARES,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_patients_of_several_classes_are_never_divided(patients: list[list[str]], val: float, test: float) -> None:
     rows = [(label, f"p{number}") for number, labels in enumerate(patients) for label in labels]
     try:

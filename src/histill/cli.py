@@ -66,10 +66,13 @@ def run(tokens: list[str]) -> int:
     except OSError as error:
         where = f"{error.strerror}: {error.filename or ''}" if error.strerror else f"{type(error).__name__}: {error}"
         return _fail(2 if isinstance(error, _BAD_PATH) else 1, where.rstrip(": "))
-    except MemoryError:
-        return _fail(1, "out of memory; use a smaller --batch-size or --image-size")
     except Exception as error:  # noqa: BLE001 - whatever it is, the user sees one line
-        return _fail(1, f"{type(error).__name__}: {error}", "unforeseen; HISTILL_DEBUG=1 shows where")
+        kind = type(error).__name__
+        if kind in ("MemoryError", "OutOfMemoryError"):  # the second is torch's, which is not imported here
+            return _fail(1, "out of memory; use a smaller --batch-size or --image-size")
+        return _fail(
+            1, f"{kind}: {(str(error).strip().splitlines() or [''])[0]}", "unforeseen; HISTILL_DEBUG=1 shows where"
+        )
     return 0
 
 

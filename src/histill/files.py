@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +87,27 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     lock = folder / ".lock"
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        with lock.open("a") as file:
+        try:
+            file = lock.open("a")
+        except FileNotFoundError:
+            continue  # who held it has just taken the folder away
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise BadInput(f"another process is writing to {folder}; wait for it or give another --out") from None
-            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                continue  # who held it before took the folder away
+            try:
+                held = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+            except FileNotFoundError:
+                held = False
+            if not held:
+                continue
             try:
                 yield
             except BaseException:
                 if list(folder.iterdir()) == [lock]:
                     lock.unlink()
-                    folder.rmdir()
+                    with suppress(OSError):  # another process is at it already
+                        folder.rmdir()
                 raise
             return

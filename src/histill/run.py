@@ -42,10 +42,11 @@ class Run:
 
         Args:
             path: the folder.
-            code: the Python file of a network that is not Histill's own; it is run, so it must be yours.
+            code: the Python file of a network that is not Histill's own; it is run, so it must be yours. Without it
+                such a run can be read, but its network not be built.
 
         Raises:
-            BadInput: no run there, or a network whose code was not given.
+            BadInput: no run there.
         """
         path = Path(path)
         if not (path / "run.json").is_file():
@@ -55,10 +56,10 @@ class Run:
             network = info["network"]
             function, arguments = network["function"], network["arguments"]
             tuple(info["classes"]), int(info["image_size"]), info["status"], info["data"]["hash"]
-            build = functools.partial(_resolve(path, str(function), code), **arguments)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            if isinstance(error, BadInput):
-                raise
+            build = functools.partial(_resolve(path, function, code), **arguments)
+        except BadInput:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise BadInput(f"{path / 'run.json'}: not a run of Histill ({type(error).__name__}: {error})") from None
         return cls(path, info, without_weights(build))
 
@@ -138,12 +139,16 @@ def _resolve(path: Path, function: str, code: Path | None) -> Callable[..., nn.M
             raise BadInput(f"{path / 'run.json'}: {function} is no network of Histill")
         return found  # type: ignore[return-value]
     if code is None:
-        raise BadInput(f"{path}: its network is {function}, not one of Histill's; give its file with --code")
+        return functools.partial(_needs_code, path, function)
     from histill.experiment import load_file
 
     if (found := getattr(load_file(Path(code).resolve()), name, None)) is None:
         raise BadInput(f"{path}: its network is {function}, but {code} has no {name}")
     return found  # type: ignore[no-any-return]
+
+
+def _needs_code(path: Path, function: str, **arguments: Any) -> nn.Module:
+    raise BadInput(f"{path}: its network is {function}, not one of Histill's; give its file with --code")
 
 
 def _makes_network(found: Any) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from histill.deploy.bench import efficiency, latency, peak_memory
-from histill.deploy.export import check_parity, to_onnx, to_qupath, to_torchscript
+from histill.deploy.deliver import Exported, bench, export
+from histill.deploy.formats import check_parity, to_onnx, to_qupath, to_torchscript
 from histill.deploy.predictor import (
     OnnxPredictor,
     Prediction,
@@ -14,18 +14,24 @@ from histill.deploy.predictor import (
     predict_folder,
 )
 from histill.deploy.quantize import quantize
+from histill.deploy.serve import predict
+from histill.deploy.timing import efficiency, latency, peak_memory
 
 __all__ = [
+    "Exported",
     "OnnxPredictor",
     "Prediction",
     "Predictor",
     "TorchPredictor",
     "TorchScriptPredictor",
+    "bench",
     "check_parity",
     "efficiency",
+    "export",
     "latency",
     "open_model",
     "peak_memory",
+    "predict",
     "predict_folder",
     "quantize",
     "to_onnx",

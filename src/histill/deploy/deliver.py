@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from histill.data.decode import load
 from histill.data.images import Images
-from histill.deploy.bench import efficiency, latency
-from histill.deploy.export import check_parity, to_onnx, to_qupath, to_torchscript
+from histill.deploy.formats import check_parity, to_onnx, to_qupath, to_torchscript
 from histill.deploy.predictor import Predictor, TorchPredictor, open_model
 from histill.deploy.quantize import quantize
+from histill.deploy.timing import efficiency, latency
 from histill.errors import BadInput
 from histill.progress import notice, progress
 from histill.run import Run

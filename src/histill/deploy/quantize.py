@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from histill.deploy.export import quiet
+from histill.deploy.formats import quiet
 from histill.deploy.predictor import Pixels, one_line
 from histill.errors import BadInput, Failed, HistillError, require
 from histill.files import atomic

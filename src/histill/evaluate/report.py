@@ -243,10 +243,8 @@ def _gap(test: Mapping[str, Any]) -> Mapping[str, Any]:
     """Accuracy of the distilled student minus its teacher's, with the paired interval where it was computed."""
     if "gap" in test:
         return test["gap"]["accuracy"]  # type: ignore[no-any-return]
-    return {"value": test["student_distilled"]["accuracy"]["value"] - test["teacher"]["accuracy"]["value"]} | dict(_NO_INTERVAL)
-
-
-_NO_INTERVAL: Mapping[str, Any] = {"low": None, "high": None}
+    distilled, teacher = (test[role]["accuracy"]["value"] for role in ("student_distilled", "teacher"))
+    return {"value": distilled - teacher, "low": None, "high": None}
 
 
 def _distill_cards(test: Mapping[str, Any], efficiency: Mapping[str, Any]) -> list[Card]:

@@ -243,8 +243,8 @@ def _by_class(made: Study, name: str, order: Sequence[int]) -> list[str]:
 
 def _costs(made: Study, names: Sequence[str]) -> dict[str, float]:
     """Seconds for 3,000 images, all networks side by side."""
-    from histill.deploy.bench import latency
     from histill.deploy.deliver import open_any
+    from histill.deploy.timing import latency
 
     opened = {name: open_any(made.runs[name][0].path) for name in names}
     return {

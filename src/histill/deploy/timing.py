@@ -1,6 +1,6 @@
 """What a model costs where it runs: size, arithmetic, memory, latency; several models side by side.
 
-Run as a script, ``bench.py MODEL.onnx THREADS`` prints the memory of one model; it then imports neither PyTorch nor
+Run as a script, ``timing.py MODEL.onnx THREADS`` prints the memory of one model; it then imports neither PyTorch nor
 Histill, so that only the model's own memory is counted.
 """
 

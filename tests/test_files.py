@@ -1,0 +1,184 @@
+"""Files are whole or not there, a folder has one writer, and what is said is one line."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+
+from histill import progress as progress_module
+from histill.errors import BadInput, Failed, HistillError, require
+from histill.files import atomic, cache_dir, digest, file_digest, locked, read_json, sweep, write_json, write_text
+from histill.progress import notice, progress
+
+FORK = multiprocessing.get_context("fork")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "x.txt"
+    write_text(path, "first: naïve 中文")
+    assert path.read_text(encoding="utf-8") == "first: naïve 中文"
+    with pytest.raises(UnicodeEncodeError), atomic(path) as temporary:
+        temporary.write_text("half\udc00", encoding="utf-8")
+    assert path.read_text(encoding="utf-8").startswith("first")
+    write_text(path, "second")
+    assert path.read_text() == "second"
+    assert names(path.parent) == ["x.txt"]
+
+
+def test_json_is_strict_both_ways(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"ä": [1, 2.5, None]})
+    assert read_json(path) == {"ä": [1, 2.5, None]}
+    with pytest.raises(ValueError):
+        write_json(path, {"x": float("nan")})
+    assert read_json(path) == {"ä": [1, 2.5, None]}
+    for text in (b"{", b"", b"\xff\xfe", b"[" * 100_000):
+        path.write_bytes(text)
+        with pytest.raises(BadInput, match=r"x\.json is not valid JSON"):
+            read_json(path)
+    with pytest.raises(BadInput, match=r"gone\.json does not exist"):
+        read_json(tmp_path / "gone.json")
+
+
+def test_digests(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert file_digest(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_the_cache_is_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HISTILL_CACHE", str(tmp_path / "here"))
+    assert cache_dir("a", "b") == tmp_path / "here" / "a" / "b"
+    assert (tmp_path / "here" / "a" / "b").is_dir()
+    monkeypatch.delenv("HISTILL_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_dir("a") == tmp_path / "home" / ".cache" / "histill" / "a"
+
+
+def test_sweep_takes_what_a_kill_left_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    for name in ("x.txt", ".x.txt.12345678.tmp", ".keep", "figures/.y.png.12345678.tmp", "figures/y.png"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".folder.tmp").mkdir()
+    sweep(tmp_path)
+    assert names(tmp_path) == [".keep", "figures", "x.txt"]
+    assert names(tmp_path / "figures") == ["y.png"]
+
+
+def _hold(folder: Path, held: Event, done: Event) -> None:
+    with locked(folder):
+        held.set()
+        done.wait(30)
+
+
+def holder(folder: Path) -> tuple[multiprocessing.process.BaseProcess, Event]:
+    """Another process that holds ``folder`` until it is told or killed."""
+    held, done = FORK.Event(), FORK.Event()
+    process = FORK.Process(target=_hold, args=(folder, held, done))
+    process.start()
+    assert held.wait(30)
+    return process, done
+
+
+def let_go(process: multiprocessing.process.BaseProcess, done: Event) -> None:
+    done.set()
+
+
+def kill(process: multiprocessing.process.BaseProcess, done: Event) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("end", [let_go, kill])
+def test_a_folder_has_one_writer_until_it_ends_or_is_killed(tmp_path: Path, end: Callable[..., None]) -> None:
+    process, done = holder(tmp_path / "out")
+    try:
+        with pytest.raises(BadInput, match=r"another process is writing to .*out"), locked(tmp_path / "out"):
+            pass
+        assert names(tmp_path / "out") == [".lock"]
+    finally:
+        end(process, done)
+        process.join(30)
+    with locked(tmp_path / "out"):
+        (tmp_path / "out" / "x").write_text("mine")
+    assert names(tmp_path / "out") == [".lock", "x"]
+
+
+def test_an_error_takes_a_folder_away_again_where_it_left_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / "out"):
+        1 / 0
+    assert names(tmp_path) == []
+    with pytest.raises(ZeroDivisionError), locked(tmp_path / "out"):
+        1 / (tmp_path / "out" / "x").write_text("")
+    assert names(tmp_path / "out") == [".lock", "x"]
+
+
+def _append(folder: Path, number: int) -> None:
+    try:
+        with locked(folder, wait=True):
+            if number % 3 == 0:
+                raise ZeroDivisionError  # takes the folder away while others wait at it
+            count = int((folder / "count").read_text()) if (folder / "count").exists() else 0
+            (folder / "count").write_text(str(count + 1))
+    except ZeroDivisionError:
+        pass
+
+
+def test_who_waits_has_its_turn_although_the_folder_goes_and_comes(tmp_path: Path) -> None:
+    workers = [FORK.Process(target=_append, args=(tmp_path / "out", number)) for number in range(18)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0] * 18
+    assert (tmp_path / "out" / "count").read_text() == "12"
+
+
+def test_errors_know_their_exit_status() -> None:
+    assert (HistillError.status, Failed.status, BadInput.status) == (1, 1, 2)
+    assert issubclass(BadInput, ValueError)
+    assert issubclass(Failed, RuntimeError)
+
+
+def test_a_missing_extra_is_named_and_a_broken_one_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert require("json", "deploy") is json
+    with pytest.raises(BadInput, match=r"this needs no_such_module: pip install 'histill\[deploy\]'"):
+        require("no_such_module.inner", "deploy")
+    (tmp_path / "broken_module.py").write_text("import what_it_needs_itself")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="what_it_needs_itself"):
+        require("broken_module", "deploy")
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HISTILL_QUIET")
+    clock = iter([0.0, 10.0, 25.0, 30.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    with progress("packing", 100, "tiles") as bar:
+        for _ in range(3):
+            bar.advance(25, "note")
+    assert capsys.readouterr().err == "packing note 50/100 2.0 tiles/s, 25 s left\n"
+
+
+def test_quiet_is_quiet_but_for_notices(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("packing", 2) as bar:
+        bar.advance(2)
+    assert capsys.readouterr().err == ""
+    notice("1 image was left out")
+    assert capsys.readouterr().err == "note: 1 image was left out\n"
