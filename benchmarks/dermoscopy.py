@@ -28,13 +28,16 @@ SETTINGS = {
     "--val": "0.2",
     "--positive": "melanoma",
     "--image-size": "64",
-    "--epochs": "80",
+    "--epochs": "50",
     "--views": "16",
+    "--temperature": "4",
     "--teacher-network": "mobilenet_v1",
     "--teacher-image-size": "128",
-    "--teacher-epochs": "10",
+    "--teacher-epochs": "12",
     "--teacher-batch-size": "32",
+    "--teacher-lr": "3e-4",
 }
+FLAGS = ["--t-squared"]
 
 
 def manifest(source: Path, out: Path) -> Path:
@@ -62,7 +65,7 @@ def main() -> None:
     subprocess.run([sys.executable, convert, published, "mobilenetv1_100", images, weights], check=True)
     options = [word for pair in SETTINGS.items() for word in pair]
     run = arguments.out / "distilled"
-    call = ["distill", "dsnet", "--data", table, "--out", run, *options, "--teacher-weights", weights]
+    call = ["distill", "dsnet", "--data", table, "--out", run, *options, *FLAGS, "--teacher-weights", weights]
     if (run / "distill.json").exists():
         call = ["distill", "dsnet", "--out", run, "--resume"]
     subprocess.run([Path(sys.executable).parent / "histill", *call], check=True)
@@ -71,7 +74,7 @@ def main() -> None:
     info = json.loads((run / "seed0" / "student_distilled" / "run.json").read_text())
     shown = {
         "command": "python benchmarks/dermoscopy.py DATA OUT",
-        "settings": SETTINGS,
+        "settings": SETTINGS | dict.fromkeys(FLAGS, True),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": info["device"]},
         "versions": info["versions"],
         "data": {key: info["data"][key] for key in ("images", "patients", "hash", "split_hash")},
