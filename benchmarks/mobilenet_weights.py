@@ -14,13 +14,12 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import histill.models._torchvision  # noqa: F401
 from histill.data.decode import EXTENSIONS, load
+from histill.models.adapter import create
 
 
 def published(path: Path) -> list[tuple[Tensor, Tensor]]:
@@ -72,7 +71,7 @@ def main() -> None:
     for name in ("weights", "name", "images", "out"):
         parser.add_argument(name, type=str if name == "name" else Path)
     arguments = parser.parse_args()
-    network = timm.create_model(arguments.name, num_classes=1001)
+    network = create(arguments.name, 1001, pretrained=False)
     paths = sorted(p for p in arguments.images.rglob("*") if p.suffix.lower() in EXTENSIONS)
     chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, min(128, len(paths))).astype(int)]
     images = torch.stack([torch.from_numpy(load(path, 128)) for path in chosen])
