@@ -22,7 +22,7 @@ from histill.evaluate.metrics import METRICS, Scores, confusion, reliability, ro
 from histill.evaluate.predict import predict_rows
 from histill.evaluate.report import Picture, distill_report
 from histill.experiment import Experiment, load_recipe, parts
-from histill.files import locked, read_json, sweep, write_json
+from histill.files import locked, sweep, write_json
 from histill.loop import train
 from histill.progress import notice, say
 from histill.run import Run
@@ -97,16 +97,17 @@ def distill(
         for number in range(seeds):
             home = out / f"seed{number}" if seeds > 1 else out
             own = {"data": images, "seed": seed + number}
+            learner = own | (student_arguments or {})
+            lonely = _experiment(module, "student", learner, {"teacher": None})  # a wrong argument is found at once
             if given is None:
                 made = _experiment(module, "teacher", own, teacher_arguments or {})
                 taught = train(made, home / "teacher", **machine)
             else:
                 taught = given
-            own |= student_arguments or {}
-            alone = train(_experiment(module, "student", own, {"teacher": None}), home / "student_alone", **machine)
+            alone = train(lonely, home / "student_alone", **machine)
             _doubt(taught, alone)
             extra = {"teacher": taught, **({} if more is None else {"unlabelled": more})}
-            distilled = train(_experiment(module, "student", own, extra), home / "student_distilled", **machine)
+            distilled = train(_experiment(module, "student", learner, extra), home / "student_distilled", **machine)
             runs.append(dict(zip(ROLES, (taught, alone, distilled))))
         return _prove(recipe, out, images, runs)
 
@@ -255,11 +256,3 @@ def _pictures(out: Path, images: Images, judged: dict[str, Scores], test: dict[s
 
 def _first(figure: dict[str, Any]) -> dict[str, Any]:
     return {key: figure[key] for key in ("value", "low", "high")}
-
-
-def resumed(out: Path) -> dict[str, Any]:
-    """The arguments of the distillation in ``out``."""
-    path = out / "distill.json"
-    if not path.is_file():
-        raise BadInput(f"--resume: {out} holds no distillation (no distill.json in it)")
-    return dict(read_json(path))

@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from histill.errors import BadInput
+from histill.errors import BadInput, Failed, HistillError
 
-__all__ = ["atomic", "cache_dir", "digest", "file_digest", "locked", "read_json", "sweep", "write_json", "write_text"]
+__all__ = ["atomic", "cache_dir", "digest", "file_digest", "locked", "read_json", "sweep", "write_json", "write_text", "writing"]
 
 
 @contextmanager
@@ -29,6 +29,19 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """`atomic` for torch and safetensors, which report a failed write in words of their own: `Failed`, one line."""
+    try:
+        with atomic(path) as temporary:
+            yield temporary
+    except HistillError:
+        raise
+    except Exception as error:  # noqa: BLE001 - torch raises RuntimeError, safetensors an error of its own
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Failed(f"cannot write {path}: is the disk full? What was saved before is kept ({why})") from None
 
 
 def write_text(path: Path, text: str) -> None:

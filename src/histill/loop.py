@@ -28,7 +28,7 @@ from histill.errors import BadInput, Failed
 from histill.evaluate.metrics import Scores, metrics
 from histill.evaluate.predict import predict_rows
 from histill.experiment import Experiment
-from histill.files import atomic, cache_dir, digest, locked, read_json, sweep, write_json
+from histill.files import atomic, cache_dir, digest, locked, read_json, sweep, write_json, writing
 from histill.machine import launch
 from histill.progress import Bar, notice, progress
 from histill.record import check_same, describe, record
@@ -140,7 +140,7 @@ def _train(
     if not len(rows["train"]):
         raise BadInput(f"{experiment.data.root}: no training images; split the data first (histill.split)")
     if not len(rows["val"]) and experiment.select != "last":
-        raise BadInput(f"{experiment.data.root}: no validation images to select by; give some or select='last'")
+        raise BadInput(f"{experiment.data.root}: no validation images to select by; give --val a share above 0")
 
     torch.manual_seed(experiment.seed)
     student = experiment.student().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -182,7 +182,7 @@ def _train(
             everything = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict()}
             everything |= {"state": asdict(state), "best": best}
             everything |= {"average": average.network.state_dict()} if average else {}
-            with atomic(checkpoint) as temporary:
+            with writing(checkpoint) as temporary:
                 torch.save(everything, temporary)
 
     judged = average.network if average else student
@@ -449,7 +449,7 @@ def _finish(
     """Leave the run folder whole: weights, predictions, figures, page, and last of all the word that it is finished."""
     from histill.evaluate.finish import finish, predictions
 
-    with atomic(out / "model.safetensors") as temporary:
+    with writing(out / "model.safetensors") as temporary:
         save_file({k: v.contiguous() for k, v in best.items()}, temporary)
     judged.load_state_dict(best)
     rows_judged = np.concatenate([rows["val"], rows["test"]])

@@ -95,8 +95,12 @@ class Run:
 
     @property
     def predictions(self) -> pd.DataFrame:
-        """A row per image of validation and test."""
-        return pd.read_parquet(self.path / "predictions.parquet")
+        """A row per image of validation and test; `BadInput` where they are missing or damaged."""
+        file = self.path / "predictions.parquet"
+        try:
+            return pd.read_parquet(file)
+        except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+            raise BadInput(f"{file}: not readable predictions ({str(error).splitlines()[0]})") from None
 
     def network(self) -> nn.Module:
         """The student with its best-on-validation weights, in eval mode on the CPU.

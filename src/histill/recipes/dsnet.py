@@ -221,6 +221,8 @@ def student(
 def _network(name: str, data: Images, image_size: int, weights: str) -> partial[nn.Module]:
     classes = len(data.classes)
     if name == "dsnet":
+        if weights not in ("auto", "none"):
+            raise BadInput(f"--weights {weights}: there are no weights for dsnet to start from; leave it out")
         dsnet: Callable[..., nn.Module] = DSNet
         return partial(dsnet, classes=classes, image_size=image_size)
     make: Callable[..., nn.Module] = KerasHead if name in KERAS else Timm

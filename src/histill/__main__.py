@@ -1,0 +1,5 @@
+"""``python -m histill``."""
+
+from histill.cli import main
+
+main()
