@@ -4,8 +4,7 @@
 
 DATA holds ``isic_derm`` (518 ISIC images, melanoma and nevus, with a split by lesion) and ``imagenet_mobilenet``
 (ImageNet weights of MobileNet V1). The teacher is one of the paper's networks, MobileNet V1 with its head, fine-tuned
-from ImageNet at 128 px; the student is DSNet at 64 px, three seeds, alone and distilled with the same views, schedule
-and seeds.
+from ImageNet at 128 px; the student is DSNet at 64 px, alone and distilled with the same views, schedule and seeds.
 Everything that was chosen was chosen on validation (see benchmarks/LOG.md). What `histill distill` writes goes to
 OUT; the summary, with settings, machine and command, to benchmarks/results/dermoscopy.json, the figure beside it.
 """
@@ -24,9 +23,20 @@ from pathlib import Path
 import pandas as pd
 
 RESULTS = Path(__file__).parent / "results"
-COMMON = {"--val": "0.2", "--positive": "melanoma"}
-TEACHER = {"--network": "mobilenet_v1", "--image-size": "128", "--epochs": "12", "--batch-size": "32", "--lr": "3e-4"}
-STUDENT = {"--seeds": "3", "--image-size": "64", "--epochs": "50", "--views": "16", "--temperature": "4"}
+SETTINGS = {
+    "--seeds": "3",
+    "--val": "0.2",
+    "--positive": "melanoma",
+    "--image-size": "64",
+    "--epochs": "50",
+    "--views": "16",
+    "--temperature": "4",
+    "--teacher-network": "mobilenet_v1",
+    "--teacher-image-size": "128",
+    "--teacher-epochs": "12",
+    "--teacher-batch-size": "32",
+    "--teacher-lr": "3e-4",
+}
 FLAGS = ["--t-squared"]
 
 
@@ -42,16 +52,6 @@ def manifest(source: Path, out: Path) -> Path:
     return out / "manifest.csv"
 
 
-def words(options: dict[str, str]) -> list[str]:
-    return [word for pair in options.items() for word in pair]
-
-
-def histill(verb: str, recipe: str, out: Path, begun: str, *options: str | Path) -> None:
-    """Run a command, or go on where it was stopped."""
-    more = ["--resume"] if (out / begun).exists() else [recipe, *options]
-    subprocess.run([sys.executable, "-m", "histill", verb, *more, "--out", out], check=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
@@ -64,16 +64,17 @@ def main() -> None:
     convert = Path(__file__).parent / "mobilenet_weights.py"
     subprocess.run([sys.executable, convert, published, "mobilenetv1_100", images, weights], check=True)
     options = [word for pair in SETTINGS.items() for word in pair]
-    teacher, run = arguments.out / "teacher", arguments.out / "distilled"
-    data = ["--data", table, *words(COMMON)]
-    histill("train", "dsnet.teacher", teacher, "run.json", *data, *words(TEACHER), "--weights", weights)
-    histill("distill", "dsnet", run, "distill.json", *data, *words(STUDENT), *FLAGS, "--teacher", teacher)
+    run = arguments.out / "distilled"
+    call = ["distill", "dsnet", "--data", table, "--out", run, *options, *FLAGS, "--teacher-weights", weights]
+    if (run / "distill.json").exists():
+        call = ["distill", "dsnet", "--out", run, "--resume"]
+    subprocess.run([Path(sys.executable).parent / "histill", *call], check=True)
     RESULTS.mkdir(exist_ok=True)
     summary = json.loads((run / "summary.json").read_text())
     info = json.loads((run / "seed0" / "student_distilled" / "run.json").read_text())
     shown = {
         "command": "python benchmarks/dermoscopy.py DATA OUT",
-        "settings": {"common": COMMON, "teacher": TEACHER, "student": STUDENT | dict.fromkeys(FLAGS, "")},
+        "settings": SETTINGS | dict.fromkeys(FLAGS, True),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": info["device"]},
         "versions": info["versions"],
         "data": {key: info["data"][key] for key in ("images", "patients", "hash", "split_hash")},
