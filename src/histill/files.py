@@ -15,7 +15,18 @@ from typing import Any
 
 from histill.errors import BadInput, Failed, HistillError
 
-__all__ = ["atomic", "cache_dir", "digest", "file_digest", "locked", "read_json", "sweep", "write_json", "write_text", "writing"]
+__all__ = [
+    "atomic",
+    "cache_dir",
+    "digest",
+    "file_digest",
+    "locked",
+    "read_json",
+    "sweep",
+    "write_json",
+    "write_text",
+    "writing",
+]
 
 
 @contextmanager
