@@ -200,6 +200,7 @@ def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(refused, tmp
     refused(["train"], "needs a recipe: dsnet", "file.py:function")
     refused(["distill", "dsnett", "--out", tmp_path / "out"], "no recipe 'dsnett'", "dsnet")
     refused(["train", "dsnet.nurse", "--out", tmp_path / "out"], "teacher, student")
+    refused(["train", "dsnet.KERAS", "--out", tmp_path / "out"], "no part 'KERAS'", "teacher, student")
     refused(["train", "dsnet", "--out", tmp_path / "out"], "dsnet.teacher", "dsnet.student")
     refused(["distill", "dsnet.teacher", "--data", tmp_path, "--out", tmp_path / "out"], "dsnet.teacher")
     refused(["train", tmp_path / "gone.py:f", "--out", tmp_path / "out"], "gone.py: no such file")
@@ -216,6 +217,7 @@ def test_the_users_own_recipe(refused, tmp_path: Path, folder: MakeFolder) -> No
         "fails": "raise RuntimeError('no')",
         "divides": "def f(data):\n    1 / 0\n",
     }
+    bodies["seedless"] = "def student(data, teacher=None):\n    pass\n"
     bodies["stops"] = "def f(data):\n    raise KeyboardInterrupt\n"
     bodies["eats"] = "import torch\ndef f(data):\n    raise torch.OutOfMemoryError('of 80 GB')\n"
     for name, body in bodies.items():
@@ -226,6 +228,7 @@ def test_the_users_own_recipe(refused, tmp_path: Path, folder: MakeFolder) -> No
         refused(["train", f"{tmp_path}/empty.py:f", *rest], "empty.py", "no function 'f'")
         refused(["train", f"{tmp_path}/empty.py", *rest], "empty.py has no recipe")
         refused(["distill", f"{tmp_path}/empty.py", *rest], "empty.py has no function 'student'")
+        refused(["distill", f"{tmp_path}/seedless.py", *rest], "'student' needs the argument seed")
         refused(["train", f"{tmp_path}/odd.py:f", *rest], "odd.py", "SyntaxError")
         refused(["train", f"{tmp_path}/fails.py:f", *rest], "fails.py", "RuntimeError: no")
         refused(["train", f"{tmp_path}/divides.py:f", *rest], "ZeroDivisionError", "HISTILL_DEBUG=1", status=1)

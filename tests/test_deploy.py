@@ -341,7 +341,7 @@ def test_a_foreign_file_without_a_size_must_be_told(network: Tiny, exported: Pat
     script = tmp_path / "foreign.torchscript"
     torch.jit.save(torch.jit.load(exported / "student.pt"), script)
     for path in (free, script):
-        with pytest.raises(BadInput, match="--image-size"):
+        with pytest.raises(BadInput, match="does not say its image size"):
             open_model(path)
         assert open_model(path, image_size=40).image_size == 40
     with pytest.raises(BadInput, match="takes images of 24 pixels, not 40"):

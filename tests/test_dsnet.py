@@ -161,7 +161,18 @@ def test_weights_that_cannot_be_had_are_said_aloud(capsys: Any, monkeypatch: Any
 def test_teacher_and_student_train_from_the_command_line(data: Images, tmp_path: Path, capsys: Any) -> None:
     common = ["--data", str(data.root), "--epochs", "2", "--batch-size", "8", "--val", "0.2", "--test", "0.2"]
     taught, out = tmp_path / "teacher", tmp_path / "student"
-    teacher = ["--network", "test_resnet", "--weights", "none", "--image-size", "32", "--out", str(taught)]
+    teacher = [
+        "--network",
+        "test_resnet",
+        "--weights",
+        "none",
+        "--image-size",
+        "32",
+        "--seed",
+        "5",
+        "--out",
+        str(taught),
+    ]
     assert cli.run(["train", "dsnet.teacher", *common, *teacher]) == 0, capsys.readouterr().err
     student = ["--teacher", str(taught), "--image-size", "18", "--out", str(out), "--views", "1", "--seed", "5"]
     assert cli.run(["train", "dsnet.student", *common, *student]) == 0, capsys.readouterr().err
@@ -171,3 +182,6 @@ def test_teacher_and_student_train_from_the_command_line(data: Images, tmp_path:
     run = hs.Run.open(out)
     assert {"raw/hard", "raw/soft"} <= set(run.log.columns)
     np.testing.assert_allclose(run.log["loss"], 0.1 * run.log["raw/hard"] + 0.9 * run.log["raw/soft"])
+    leaking = ["--teacher", str(taught), "--image-size", "18", "--seed", "6", "--out", str(tmp_path / "other")]
+    assert cli.run(["train", "dsnet.student", *common, *leaking]) == 2
+    assert "leak" in capsys.readouterr().err

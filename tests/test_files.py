@@ -176,6 +176,17 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     assert capsys.readouterr().err == "packing note 50/100 2.0 tiles/s, 25 s left\n"
 
 
+def test_progress_that_goes_on_counts_only_its_own_for_the_rate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HISTILL_QUIET")
+    clock = iter([0.0, 25.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    with progress("training", 100, done=40) as bar:
+        bar.advance(50)
+    assert capsys.readouterr().err == "training  90/100 2.0 images/s, 5 s left\n"
+
+
 def test_quiet_is_quiet_but_for_notices(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("packing", 2) as bar:
         bar.advance(2)

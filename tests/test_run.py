@@ -302,6 +302,11 @@ def test_the_figures_of_a_run_are_those_that_it_holds(run: Run) -> None:
     assert figures["test"]["accuracy"] == run.metrics["test"]["accuracy"]
 
 
+def test_images_that_it_was_trained_on_are_counted(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    hs.evaluate(run, run.data.root)
+    assert f"{len(run.data.rows('train'))} of these images are among those" in capsys.readouterr().err
+
+
 def test_a_run_is_judged_on_other_images(run: Run, tmp_path: Path) -> None:
     other = table(tmp_path / "other", count=12)
     figures = hs.evaluate(run, other.root)["data"]

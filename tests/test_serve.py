@@ -140,5 +140,7 @@ def test_bench_sets_models_side_by_side(run: Run, exported: dict[str, Any]) -> N
     assert second["file_bytes"] == Path(exported["onnx"]["path"]).stat().st_size
     for found in (first, second):
         assert found["latency_ms_batch1"]["median"] <= found["latency_ms_batch1"]["p95"]
-        assert found["images_per_second"] > 0
+        assert found["latency_ms_batch4"]["median"] == pytest.approx(4e3 / found["images_per_second"])
+    assert first["peak_memory_bytes"] is None
+    assert second["peak_memory_bytes"] > second["file_bytes"]
     assert len({len(line) for line in text.splitlines()}) == 1, "the columns are aligned"

@@ -140,6 +140,22 @@ def test_one_picture_of_two_patients_that_are_divided_is_a_leak() -> None:
         split(data)
 
 
+def test_whole_sites_are_divided_where_asked_for() -> None:
+    images = table([("benign", f"p{i}") for i in range(30)] + [("malignant", f"q{i}") for i in range(30)])
+    sited = images.with_frame(images.frame.assign(site=[f"s{i % 10}" for i in range(60)]))
+    parts = split(sited, val=0.2, test=0.2, by="site")
+    assert undivided(parts, "site")
+    assert not undivided(split(sited, val=0.2, test=0.2, by="patient"), "site")
+    assert counted(parts).to_numpy().tolist() == [[18, 6, 6], [18, 6, 6]]
+    with pytest.raises(BadInput, match="60 images have no site"):
+        split(images, by="site")
+    with pytest.raises(BadInput, match="patient or site"):
+        split(images, by="scanner")  # type: ignore[arg-type]
+    one = sited.with_frame(sited.frame.assign(patient="everyone"))
+    with pytest.raises(BadInput, match="1 patients are in two splits"):
+        split(one, val=0.2, test=0.2, by="site")
+
+
 def test_a_folder_from_the_disk(folder: MakeFolder) -> None:
     data = read_images(folder({"a": 24, "b": 24}, per_patient=4), patient=r"p\d+")
     parts = split(data, val=0.2, test=0.2, seed=3)

@@ -21,6 +21,7 @@ app = cyclopts.App(
     help="Distil large medical-image models into small ones, and prove what was gained and lost.\n\n"
     "For research use only. Not for diagnosis.",
     version_flags=["--version"],
+    default_parameter=cyclopts.Parameter(negative_iterable=()),
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
@@ -198,7 +199,7 @@ def export(
 def bench(
     *models: Path, out: Path | None = None, batch_size: Count = 16, seconds: Seconds = 3.0, code: Path | None = None
 ) -> None:
-    """Parameters, MACs, file size, memory, latency and images per second, side by side.
+    """Parameters, MACs, file size, memory (of .onnx files), latency and images per second, side by side.
 
     Args:
         models: runs, .onnx or TorchScript files.

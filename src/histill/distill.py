@@ -13,6 +13,7 @@ import numpy as np
 from histill.data.images import Images, few, read_images, read_unlabelled
 from histill.data.packed import pack
 from histill.data.splits import split
+from histill.deploy.deliver import deliver
 from histill.errors import BadInput
 from histill.evaluate import figures
 from histill.evaluate.calibration import fit_temperature
@@ -27,7 +28,7 @@ from histill.loop import train
 from histill.progress import notice, say
 from histill.run import Run
 
-__all__ = ["distill", "read_parts", "shared_arguments"]
+__all__ = ["check_unseen", "distill", "read_parts", "shared_arguments"]
 
 ROLES = ("teacher", "student_alone", "student_distilled")
 _TITLES = {"teacher": "teacher", "student_alone": "student alone", "student_distilled": "distilled"}
@@ -91,7 +92,7 @@ def distill(
         more = None if unlabelled is None else read_unlabelled(unlabelled)
         given = None if teacher is None else Run.open(teacher, code=code)
         if given is not None:
-            _check_unseen(given, images)
+            check_unseen(given, images)
         machine: dict[str, Any] = {"device": device, "precision": precision, "resume": resume}
         runs: list[dict[str, Run]] = []
         for number in range(seeds):
@@ -167,8 +168,6 @@ def _prove(recipe: str, out: Path, images: Images, runs: list[dict[str, Run]]) -
     taught = judged["teacher"] if len(runs) > 1 else judged["teacher"][0]
     test["gap"] = paired_gain(taught, pair[1], names=[name for name in METRICS if name != "agreement"])
     summary: dict[str, Any] = {"recipe": recipe, "test": test}
-    from histill.deploy.deliver import deliver
-
     say("exporting and timing")
     chosen = first["student_distilled"]
     summary |= deliver(out, chosen, first["teacher"])
@@ -200,7 +199,7 @@ def _table(run: Run, images: Images) -> Any:
     return predictions(packed.images, rows, predict_rows(run.network(), packed, rows), classes=run.classes)
 
 
-def _check_unseen(teacher: Run, images: Images) -> None:
+def check_unseen(teacher: Run, images: Images) -> None:
     """Refuse a teacher that was trained on the images that it is to be judged on."""
     table = teacher.data.frame
     seen = set(table["content"][table["split"] == "train"])

@@ -167,7 +167,7 @@ def load_recipe(name: str) -> tuple[ModuleType, str]:
     if stem not in there:
         raise BadInput(f"no recipe {stem!r}; there are {', '.join(there)}, or give file.py:function")
     module = importlib.import_module(f"histill.recipes.{stem.replace('-', '_')}")
-    if part and not hasattr(module, part):
+    if part and part not in parts(module):
         raise BadInput(f"recipe {stem} has no part {part!r}; it has {', '.join(parts(module))}")
     return module, part
 

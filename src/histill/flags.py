@@ -131,9 +131,10 @@ def _signature(function: Callable[..., Any]) -> dict[str, tuple[Any, Any, str]]:
         if name == "data":
             continue
         if name in _PATHS:
-            flags[name] = (Path | None, None, _PATHS[name])
+            flags[name] = (Path | None, None, described.get(name, _PATHS[name]))
         else:
-            flags[name] = (hints.get(name, str), parameter.default, described.get(name, ""))
+            unhinted = str if parameter.default in (None, inspect.Parameter.empty) else type(parameter.default)
+            flags[name] = (hints.get(name, unhinted), parameter.default, described.get(name, ""))
     return flags
 
 
@@ -194,7 +195,7 @@ def _train_command(name: str) -> Any:
 
 def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str, Any]) -> None:
     from histill.data import read_unlabelled
-    from histill.distill import read_parts
+    from histill.distill import check_unseen, read_parts
     from histill.loop import train
     from histill.run import Run
 
@@ -224,6 +225,7 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
     )
     if values.get("teacher"):
         values["teacher"] = Run.open(values["teacher"], code=own["code"])
+        check_unseen(values["teacher"], images)
     if values.get("unlabelled"):
         values["unlabelled"] = read_unlabelled(values["unlabelled"])
     experiment = function(data=images, **values)
@@ -262,6 +264,8 @@ def _distill_command(name: str) -> Any:
     if not callable(getattr(module, "student", None)):
         raise BadInput(f"{name} has no function 'student'")
     student = _signature(module.student)
+    if missing := [n for n in ("teacher", "seed") if n not in student]:
+        raise BadInput(f"{name}: its function 'student' needs the argument {' and '.join(missing)}")
     teacher = _signature(module.teacher) if "teacher" in parts(module) else {}
     own = {
         f"teacher_{n}": (

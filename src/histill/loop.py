@@ -189,8 +189,7 @@ def _train(
     saved_at = time.monotonic()
     steps = math.ceil(len(rows["train"]) / experiment.batch_size)
     seen = state.epoch * len(rows["train"]) + state.step * experiment.batch_size
-    with progress(f"training {out.name}", experiment.epochs * len(rows["train"])) as bar:
-        bar.advance(seen)
+    with progress(f"training {out.name}", experiment.epochs * len(rows["train"]), done=seen) as bar:
         while not _over(experiment, state):
             learner.train()
             order = np.random.default_rng((experiment.seed, state.epoch)).permutation(rows["train"])

@@ -24,7 +24,7 @@ def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fa
     device, _, index = device.partition(":")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+    if device not in ("cpu", "cuda", "mps") or (index and not (device == "cuda" and index.isdigit())):
         raise BadInput(f"--device {device}: one of auto, cpu, cuda, cuda:1, mps")
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch sees no CUDA device here; use --device cpu")

@@ -49,11 +49,11 @@ class _Rate(ProgressColumn):
 class Bar:
     """Counts what was done; `advance` is cheap enough to call for every batch."""
 
-    def __init__(self, what: str, total: int, unit: str, bar: Progress | None) -> None:
+    def __init__(self, what: str, total: int, unit: str, done: int, bar: Progress | None) -> None:
         self.what, self.total, self.unit = what, total, unit
         self._bar = bar
-        self._task = bar.add_task(what, total=total, unit=unit) if bar else None
-        self._done = 0
+        self._task = bar.add_task(what, total=total, completed=done, unit=unit) if bar else None
+        self._before = self._done = done
         self._start = self._said = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -63,17 +63,20 @@ class Bar:
             self._bar.update(self._task, advance=count, description=f"{self.what} {note}".rstrip())
         elif (now := time.monotonic()) - self._said > _EVERY_S:
             self._said = now
-            rate = self._done / (now - self._start)
+            rate = (self._done - self._before) / (now - self._start)
             left = (self.total - self._done) / rate
             say(f"{self.what} {note} {self._done}/{self.total} {rate:,.1f} {self.unit}/s, {left:,.0f} s left")
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str = "images") -> Iterator[Bar]:
-    """A bar on a terminal, otherwise a line every 20 s; silent with ``HISTILL_QUIET=1``."""
+def progress(what: str, total: int, unit: str = "images", *, done: int = 0) -> Iterator[Bar]:
+    """A bar on a terminal, otherwise a line every 20 s; silent with ``HISTILL_QUIET=1``.
+
+    ``done`` were done before, and count for neither rate nor time left.
+    """
     console = Console(stderr=True)
     if os.environ.get("HISTILL_QUIET") or not _first_process():
-        yield Bar(what, total, unit, Progress(disable=True))
+        yield Bar(what, total, unit, done, Progress(disable=True))
     elif console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
@@ -83,6 +86,6 @@ def progress(what: str, total: int, unit: str = "images") -> Iterator[Bar]:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console, transient=True) as bar:
-            yield Bar(what, total, unit, bar)
+            yield Bar(what, total, unit, done, bar)
     else:
-        yield Bar(what, total, unit, None)
+        yield Bar(what, total, unit, done, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pandas as pd
 
@@ -11,7 +13,14 @@ from histill.errors import BadInput
 __all__ = ["split"]
 
 
-def split(data: Images, *, val: float = 0.15, test: float = 0.15, seed: int = 0) -> Images:
+def split(
+    data: Images,
+    *,
+    val: float = 0.15,
+    test: float = 0.15,
+    by: Literal["patient", "site"] = "patient",
+    seed: int = 0,
+) -> Images:
     """Put every image into train, val or test, no patient into two, the classes in proportion.
 
     Where patients are known they are divided, otherwise images (copies of one image stay together). A split that the
@@ -22,28 +31,35 @@ def split(data: Images, *, val: float = 0.15, test: float = 0.15, seed: int = 0)
         data: the images.
         val: share of the images for validation (model selection, temperature, calibration of int8).
         test: share for the test, used once.
+        by: what is divided: patients, or whole sites (the manifest's column), for a test on sites never seen.
         seed: another seed is another repeat.
 
     Raises:
-        BadInput: shares outside (0, 1), or a class with too few patients to be in every part.
+        BadInput: shares outside [0, 1), a class with too few patients to be in every part, images without a site, or a
+            patient of two sites that were divided.
     """
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
         raise BadInput(f"val={val} and test={test}: shares must be at least 0 and together below 1")
     if not 0 <= seed < 2**63:
         raise BadInput(f"seed={seed}: must be at least 0 and below 2^63")
+    if by not in ("patient", "site"):
+        raise BadInput(f"by={by!r}: patient or site")
+    if by == "site" and len(nowhere := data.frame["path"][data.frame["site"] == ""]):
+        raise BadInput(f"by='site': {len(nowhere)} images have no site: {few(nowhere)}")
+    units = data.units if by == "patient" else data.frame["site"]
     frame = data.frame.copy()
     given = set(frame["split"]) - {""}
     if given and "train" not in given:
         raise BadInput(f"the data brings {few(sorted(given))} but no train split")
     shares = {"val": 0.0 if "val" in given else val, "test": 0.0 if "test" in given else test}
     free = (frame["split"] == "train") if given else pd.Series(True, index=frame.index)
-    frame.loc[free, "split"] = _deal(frame[free], data.units[free], shares, seed)
+    frame.loc[free, "split"] = _deal(frame[free], units[free], shares, seed)
     parts = data.with_frame(frame)
     check_leaks(parts)
     wanted = {"train"} | {name for name in ("val", "test") if shares[name] > 0 or name in given}
     for name in SPLITS:
         if name in wanted and (absent := sorted(set(data.classes) - set(frame["label"][frame["split"] == name]))):
-            unit = "patients" if data.has_patients else "images"
+            unit = "sites" if by == "site" else "patients" if data.has_patients else "images"
             if name == "train" or name not in given:
                 raise BadInput(
                     f"no image of {few(absent)} in the {name} split: too few {unit}; bring more or give a split"

@@ -17,7 +17,7 @@ from histill.data.images import Images
 from histill.deploy.formats import check_parity, to_onnx, to_qupath, to_torchscript
 from histill.deploy.predictor import Predictor, TorchPredictor, open_model
 from histill.deploy.quantize import quantize
-from histill.deploy.timing import efficiency, latency
+from histill.deploy.timing import efficiency, latency, peak_memory
 from histill.errors import BadInput
 from histill.progress import notice, progress
 from histill.run import Run
@@ -72,7 +72,8 @@ def export(
 
     Raises:
         BadInput: no finished run, ``qupath`` without ``mpp``, ``int8`` of another format than ``onnx``.
-        Failed: the export differs from the run by more than 1e-3; the file is removed.
+        Failed: the logits differ from the run's by more than 1e-3 (relative where the largest is above 1); the file is
+            removed.
     """
     run = run if isinstance(run, Run) else Run.open(run, code=code)
     if int8 and format != "onnx":
@@ -132,7 +133,7 @@ def deliver(out: Path, student: Run, teacher: Run) -> dict[str, Any]:
 def bench(
     models: Sequence[Path], *, batch_size: int = 16, seconds: float = 3.0, code: Path | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Models side by side in one process: parameters, size, latency at batch 1, images per second.
+    """Models side by side: parameters, size, memory (of an ``.onnx``, in a process of its own), latency, images/s.
 
     Returns:
         What ``summary.json`` holds, by model, and the same as a table.
@@ -155,7 +156,9 @@ def bench(
             "macs": None if network is None else macs(network, predictor.image_size),
             "file_bytes": file.stat().st_size,
             "image_size": predictor.image_size,
+            "peak_memory_bytes": peak_memory(file) if file.suffix == ".onnx" else None,
             "latency_ms_batch1": single[name]["latency_ms"],
+            f"latency_ms_batch{batch_size}": many[name]["latency_ms"],
             "images_per_second": many[name]["images_per_second"],
             "speedup_batch1": single[name]["speedup"],
         }
@@ -164,13 +167,17 @@ def bench(
 
 def _table(summary: dict[str, Any]) -> str:
     width = max(len(name) for name in summary) + 2
-    lines = [f"{'':{width}}{'px':>5}{'parameters':>13}{'MMAC':>8}{'MB':>8}{'ms (p95)':>16}{'images/s':>10}{'times':>8}"]
+    titles = f"{'px':>5}{'parameters':>13}{'MMAC':>8}{'MB':>8}{'RAM MB':>8}{'ms (p95)':>16}{'images/s':>10}{'times':>8}"
+    lines = [" " * width + titles]
     for name, row in summary.items():
-        single, parameters, macs = row["latency_ms_batch1"], row["parameters"], row["macs"]
+        single, parameters, macs, memory = (
+            row[key] for key in ("latency_ms_batch1", "parameters", "macs", "peak_memory_bytes")
+        )
         lines.append(
             f"{name:{width}}{row['image_size']:>5}{f'{parameters:,}' if parameters else '-':>13}"
             f"{f'{macs / 1e6:,.0f}' if macs else '-':>8}{row['file_bytes'] / 1e6:>8.1f}"
-            f"{single['median']:>8.1f} ({single['p95']:.1f})".ljust(width + 51)
+            f"{f'{memory / 1e6:,.0f}' if memory else '-':>8}"
+            f"{single['median']:>8.1f} ({single['p95']:.1f})".ljust(width + 59)
             + f"{row['images_per_second']:>9.1f}{row['speedup_batch1']['value']:>8.2f}"
         )
     return "\n".join(lines)

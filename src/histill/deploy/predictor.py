@@ -150,7 +150,9 @@ def open_model(path: str | Path, *, threads: int | None = None, image_size: int 
         raise BadInput(f"{path} takes images of {size} pixels, not {image_size}")
     size = size or image_size
     if not size:
-        raise BadInput(f"{path} does not say its image size; give --image-size, or export it with histill export")
+        raise BadInput(
+            f"{path} does not say its image size; export it with histill export, or open it with image_size="
+        )
 
     predictor = make(tuple(card.get("classes", ())), size, card.get("mpp"))
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from histill.data.decode import EXTENSIONS, load
-from histill.data.images import few
+from histill.data.images import few, read_paths
 from histill.deploy.deliver import open_any
 from histill.deploy.predictor import predict_folder
 from histill.errors import BadInput
@@ -77,8 +77,6 @@ def _listed(images: Path) -> tuple[Path, list[Path]]:
         paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
         root = images
     elif images.suffix.lower() == ".csv" and images.is_file():
-        from histill.data.images import read_paths
-
         root, paths = images.parent, read_paths(images)
     elif images.is_file():
         return images.parent, [images]

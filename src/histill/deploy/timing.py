@@ -112,8 +112,8 @@ def efficiency(
 
     Returns:
         For each name ``parameters`` and ``macs`` (of the network, at the file's image size), ``file_bytes``,
-        ``peak_memory_bytes`` (`peak_memory`), ``latency_ms_batch1`` with ``median`` and ``p95``, and
-        ``images_per_second`` at ``batch``.
+        ``peak_memory_bytes`` (`peak_memory`), ``latency_ms_batch1`` and ``latency_ms_batch<batch>``, each
+        with ``median`` and ``p95``, and ``images_per_second`` at ``batch``.
 
     Raises:
         BadInput: a file cannot be opened.
@@ -133,6 +133,7 @@ def efficiency(
             "file_bytes": Path(path).stat().st_size,
             "peak_memory_bytes": peak_memory(path, threads=threads),
             "latency_ms_batch1": single[name]["latency_ms"],
+            f"latency_ms_batch{batch}": many[name]["latency_ms"],
             "images_per_second": many[name]["images_per_second"],
         }
         for name, (network, path) in models.items()

@@ -48,6 +48,9 @@ def judge(
     packed = pack(images, run.image_size)
     for line in packed.images.notices:
         notice(line)
+    trained = run.data.frame.query("split == 'train'")["content"]
+    if seen := int(packed.images.frame["content"].isin(set(trained)).sum()):
+        notice(f"{seen} of these images are among those that {run.path} was trained on: the figures flatter it")
     rows = np.arange(len(packed.images))
     said = predict_rows(run.network(), packed, rows)
     table = predictions(packed.images, rows, said, classes=run.classes)

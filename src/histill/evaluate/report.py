@@ -304,12 +304,12 @@ def _efficiency(efficiency: Mapping[str, Any]) -> list[Section]:
                 for x in (t, s)
             ]
             rows.append([title, *cells, _fold(t[name] / s[name])])
-    for key, title in (
-        ("median", "Latency of one image, median"),
-        ("p95", "Latency of one image, 95th percentile"),
-    ):
-        before, after = (x["latency_ms_batch1"][key] for x in (t, s))
-        rows.append([title, f"{before:.3g} ms", f"{after:.3g} ms", _fold(before / after)])
+    for name in (n for n in t if n.startswith("latency_ms_batch")):
+        batch = name.removeprefix("latency_ms_batch")
+        what = "one image" if batch == "1" else f"{batch} images at once"
+        for key, title in (("median", "median"), ("p95", "95th percentile")):
+            before, after = (x[name][key] for x in (t, s))
+            rows.append([f"Latency of {what}, {title}", f"{before:.3g} ms", f"{after:.3g} ms", _fold(before / after)])
     if t.get("images_per_second") and s.get("images_per_second"):
         rows.append(
             [
@@ -344,7 +344,7 @@ def _export(export: Mapping[str, Any]) -> list[Section]:
             columns,
             rows,
             "Exported",
-            "Each file was run on the test images and compared with the network it came from.",
+            "Outputs (logits) are compared with the network's on validation images, accuracy on the test images.",
         )
     ]
 
