@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from histill.loop import train
 from histill.progress import notice, say
 from histill.run import Run
 
-__all__ = ["check_unseen", "distill", "read_parts", "shared_arguments"]
+__all__ = ["check_unseen", "distill", "read_parts", "teacher_arguments"]
 
 ROLES = ("teacher", "student_alone", "student_distilled")
 _TITLES = {"teacher": "teacher", "student_alone": "student alone", "student_distilled": "distilled"}
-SHARED = ("image_size", "epochs", "batch_size", "positive", "strict", "schedule", "augment")
-"""Arguments that a recipe's teacher takes from its student unless ``teacher_...`` says otherwise."""
+SHARED = ("image_size", "epochs", "batch_size", "schedule", "augment")
+"""Arguments that, given for the student, hold for its teacher unless ``teacher_...`` says otherwise."""
+
+ALWAYS_SHARED = ("positive", "strict")
 
 
 def read_parts(data: Path, *, val: float, test: float, seed: int, patient: str | None) -> Images:
@@ -50,6 +53,7 @@ def distill(
     unlabelled: Path | None = None,
     seeds: int = 1,
     seed: int = 0,
+    split_seed: int | None = None,
     val: float = 0.15,
     test: float = 0.15,
     patient: str | None = None,
@@ -62,8 +66,9 @@ def distill(
 ) -> dict[str, Any]:
     """Train a teacher (or take one), a student alone and the same student distilled, and say what it bought.
 
-    The split is drawn once, with ``seed``; the seeds that follow change initialisation, order and views, of teacher
-    and students alike. Student alone and distilled student have the same views, schedule, epochs and seed.
+    The split is drawn once, with ``split_seed`` (default: ``seed``); the seeds that follow change initialisation, order
+    and views, of teacher and students alike. Student alone and distilled student have the same views, schedule, epochs
+    and seed.
 
     Returns:
         What ``summary.json`` holds.
@@ -84,7 +89,8 @@ def distill(
         raise BadInput(f"--seeds {seeds}: at least 1")
     with locked(out):
         sweep(out)
-        images = read_parts(data, val=val, test=test, seed=seed, patient=patient)
+        dealt = seed if split_seed is None else split_seed
+        images = read_parts(data, val=val, test=test, seed=dealt, patient=patient)
         for line in images.notices:
             notice(line)
         if not images.rows("test"):
@@ -124,10 +130,10 @@ def _experiment(module: Any, part: str, *arguments: dict[str, Any]) -> Experimen
     return function(**merged)
 
 
-def shared_arguments(teacher: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
-    """The teacher's arguments of a distillation: its own (``teacher_lr``), and those it shares with the student."""
-    own = {n.removeprefix("teacher_"): v for n, v in given.items() if n.startswith("teacher_") and v is not None}
-    return {n: given[n] for n in SHARED if n in teacher and given.get(n) is not None} | own
+def teacher_arguments(teacher: Sequence[str], values: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's arguments among those of a distillation: ``teacher_lr`` and the like, and what is always shared."""
+    own = {n.removeprefix("teacher_"): v for n, v in values.items() if n.startswith("teacher_") and v is not None}
+    return own | {n: values[n] for n in ALWAYS_SHARED if n in teacher and n in values}
 
 
 def _doubt(teacher: Run, alone: Run) -> None:
@@ -168,25 +174,26 @@ def _prove(recipe: str, out: Path, images: Images, runs: list[dict[str, Run]]) -
     taught = judged["teacher"] if len(runs) > 1 else judged["teacher"][0]
     test["gap"] = paired_gain(taught, pair[1], names=[name for name in METRICS if name != "agreement"])
     summary: dict[str, Any] = {"recipe": recipe, "test": test}
-    say("exporting and timing")
-    chosen = first["student_distilled"]
-    summary |= deliver(out, chosen, first["teacher"])
-    write_json(out / "summary.json", summary)
     pictures = _pictures(out, images, {r: s[0] for r, s in judged.items()}, test, tables[0]["student_distilled"])
-    info = chosen.info
-    distill_report(
+    chosen = first["student_distilled"]
+    page = partial(
+        distill_report,
         out,
-        summary,
         subtitle=" · ".join(
             [recipe.rsplit("/", 1)[-1], images.root.resolve().name, f"{len(runs)} seed{'s' * (len(runs) > 1)}"]
         ),
-        counts=counts(info, tables[0]["student_distilled"]),
+        counts=counts(chosen.info, tables[0]["student_distilled"]),
         pictures=pictures,
         tables=[class_rows(judged["student_distilled"][0], images.classes)],
-        settings=settings(info),
-        versions=info["versions"] | {"device": info["device"], "data": info["data"]["hash"][:12]},
-        notices=[*info["notices"], *_teacher_notices(first)],
+        settings=settings(chosen.info),
+        versions=chosen.info["versions"] | {"device": chosen.info["device"], "data": chosen.info["data"]["hash"][:12]},
+        notices=[*chosen.info["notices"], *_doubts(first)],
     )
+    page(summary)  # should the export fail, what was measured is there to be read
+    say("exporting and timing")
+    summary |= deliver(out, chosen, first["teacher"])
+    page(summary)
+    write_json(out / "summary.json", summary)
     return summary
 
 
@@ -211,12 +218,17 @@ def check_unseen(teacher: Run, images: Images) -> None:
         )
 
 
-def _teacher_notices(trio: dict[str, Run]) -> list[str]:
+def _doubts(trio: dict[str, Run]) -> list[str]:
     judged = trio["student_distilled"].info["teacher"].get("validation", {})
     teacher, alone = judged.get("balanced_accuracy"), _validation(trio["student_alone"])
     lines = []
     if trio["teacher"].info["network"]["arguments"].get("weights", "") is None:
         lines.append("The teacher started from random weights, not from ImageNet.")
+    if more := trio["student_distilled"].info["data"]["unlabelled"]:
+        lines.append(
+            f"The distilled student also saw {more} unlabelled images, and so took more steps in each epoch than the "
+            "student alone: the gain is that of both."
+        )
     if teacher is not None and alone is not None and teacher < alone:
         lines.append(
             "The teacher is worse than the student alone on validation "

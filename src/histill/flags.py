@@ -8,7 +8,9 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+import cyclopts
 
 from histill.errors import BadInput
 from histill.files import read_json, write_json
@@ -111,11 +113,13 @@ _COMMON: tuple[tuple[str, Any, Any, str], ...] = (
     ("out", Path, inspect.Parameter.empty, "where the results go."),
     ("val", float, 0.15, "share of the images for validation, where the data brings no split."),
     ("test", float, 0.15, "share of the images for the test, where the data brings no split."),
+    ("split_seed", int | None, None, "seed of that split (default: --seed)."),
     ("patient", str | None, None, "regular expression that reads the patient off an image's path."),
     ("device", str, "auto", "auto, cpu, cuda or mps."),
     ("precision", str, "auto", "auto, 32-true, bf16-mixed, ... (Lightning Fabric's names)."),
     ("resume", bool, False, "go on with what --out holds; needs --out alone."),
 )
+_SPLIT = ("val", "test", "split_seed", "patient")
 _PATHS = {
     "teacher": "a run to learn from; without it the student learns alone.",
     "unlabelled": "a folder of further images, which join with the teacher's word only.",
@@ -159,12 +163,25 @@ def _command(doc: str, flags: dict[str, tuple[Any, Any, str]], work: Callable[[d
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     first = inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_ONLY, annotation=str)
-    parameters = [inspect.Parameter(n, keyword, annotation=t, default=d) for n, (t, d, _) in flags.items()]
+    parameters = [inspect.Parameter(n, keyword, annotation=_aliased(n, t), default=d) for n, (t, d, _) in flags.items()]
     command.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
-    command.__annotations__ = {"recipe": str} | {n: t for n, (t, _, _) in flags.items()}
+    command.__annotations__ = {"recipe": str} | {p.name: p.annotation for p in parameters}
     lines = "\n".join(f"    {n}: {text}" for n, (_, _, text) in flags.items())
     command.__doc__ = f"{doc}\n\nArgs:\n    recipe: a recipe's name, or file.py:function.\n{lines}\n"
     return command
+
+
+def _aliased(name: str, kind: Any) -> Any:
+    """The student's network also goes by ``--student``."""
+    return Annotated[kind, cyclopts.Parameter(alias="--student")] if name == "network" else kind
+
+
+def _images(values: dict[str, Any]) -> Any:
+    """The images of ``--data`` with their split."""
+    from histill.distill import read_parts
+
+    seed = values["seed"] if values["split_seed"] is None else values["split_seed"]
+    return read_parts(Path(values["data"]), seed=seed, **{n: values[n] for n in ("val", "test", "patient")})
 
 
 def _merged(*some: dict[str, tuple[Any, Any, str]]) -> dict[str, tuple[Any, Any, str]]:
@@ -195,7 +212,7 @@ def _train_command(name: str) -> Any:
 
 def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str, Any]) -> None:
     from histill.data import read_unlabelled
-    from histill.distill import check_unseen, read_parts
+    from histill.distill import check_unseen
     from histill.loop import train
     from histill.run import Run
 
@@ -216,13 +233,8 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
     if values["data"] is None:
         raise BadInput("--data: give a folder of class folders or a CSV manifest")
     record = {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if n != "resume"}
-    own = {
-        n: values.pop(n)
-        for n in ("data", "val", "test", "patient", "device", "precision", "resume", "logger", "compile", "code")
-    }
-    images = read_parts(
-        Path(own["data"]), val=own["val"], test=own["test"], seed=values.get("seed", 0), patient=own["patient"]
-    )
+    own = {n: values.pop(n) for n in (*_SPLIT, "data", "device", "precision", "resume", "logger", "compile", "code")}
+    images = _images(own | {"seed": values.get("seed", 0)})
     if values.get("teacher"):
         values["teacher"] = Run.open(values["teacher"], code=own["code"])
         check_unseen(values["teacher"], images)
@@ -255,7 +267,7 @@ def _agreed(given: dict[str, Any], values: dict[str, Any], recorded: dict[str, A
 
 
 def _distill_command(name: str) -> Any:
-    from histill.distill import SHARED
+    from histill.distill import ALWAYS_SHARED, SHARED
     from histill.experiment import load_recipe, parts
 
     module, part = load_recipe(name)
@@ -271,10 +283,10 @@ def _distill_command(name: str) -> Any:
         f"teacher_{n}": (
             t | None,
             None,
-            f"the teacher's; {h}" if n not in SHARED else f"the teacher's (default: --{n.replace('_', '-')})",
+            f"the teacher's; {h}" if n not in SHARED else f"the teacher's (default: --{n.replace('_', '-')} if given).",
         )
         for n, (t, _, h) in teacher.items()
-        if n not in ("seed", "positive", "strict")
+        if n not in ("seed", *ALWAYS_SHARED)
     }
     extra = {
         "seeds": (int, 1, "how many times, with seeds that follow --seed; the split stays."),
@@ -293,13 +305,16 @@ def _distill_command(name: str) -> Any:
 
 def _distill(name: str, student: list[str], teacher: list[str], flags: Any, values: dict[str, Any]) -> None:
     from histill.data.packed import pack
-    from histill.distill import distill, read_parts, shared_arguments
+    from histill.distill import SHARED, distill, teacher_arguments
     from histill.experiment import load_recipe
 
     given = values
     values = {n: d for n, (_, d, _) in flags.items()} | given
     out: Path = values.pop("out")
     _check_finite(values)
+    for name_ in SHARED:  # what was given for the student holds for its teacher, unless --teacher-... says otherwise
+        if name_ in given and values.get(f"teacher_{name_}", ...) is None:
+            values[f"teacher_{name_}"] = given[name_]
     if values["resume"]:
         recorded = _record(out, "distill.json")
         if (out / "summary.json").is_file():
@@ -312,9 +327,7 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
         raise BadInput("--data: give a folder of class folders or a CSV manifest")
     record = {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if n != "resume"}
     # What is wrong with the images or the student is found before the folder is taken and the teacher trained.
-    images = read_parts(
-        Path(values["data"]), val=values["val"], test=values["test"], seed=values["seed"], patient=values["patient"]
-    )
+    images = _images(values)
     student_arguments = {n: values[n] for n in student if n not in ("teacher", "unlabelled", "seed")}
     trial = load_recipe(name)[0].student(data=images, seed=values["seed"], **student_arguments)
     _check_trains(trial)
@@ -327,9 +340,9 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
             Path(values["data"]),
             out,
             **paths,
-            **{n: values[n] for n in ("seeds", "seed", "val", "test", "patient", "device", "precision", "resume")},
+            **{n: values[n] for n in (*_SPLIT, "seeds", "seed", "device", "precision", "resume")},
             student_arguments=student_arguments,
-            teacher_arguments=shared_arguments(teacher, values),
+            teacher_arguments=teacher_arguments(teacher, values),
         )
     except BadInput:
         if not values["resume"] and not any(out.rglob("run.json")):  # nothing was begun: the folder is free again
@@ -358,17 +371,15 @@ def _study_command(name: str) -> Any:
     from histill.experiment import load_study
 
     function = load_study(name)
-    flags = _merged(_common("data", "out", "val", "test", "patient", "device", "precision"), _signature(function))
+    flags = _merged(_common("data", "out", *_SPLIT, "device", "precision"), _signature(function))
     first = inspect.getdoc(function) or name
 
     def work(values: dict[str, Any]) -> None:
-        from histill.distill import read_parts
-
         values = {n: d for n, (_, d, _) in flags.items()} | values
         if values["data"] is None:
             raise BadInput("--data: give a folder of class folders or a CSV manifest")
-        own = {n: values.pop(n) for n in ("val", "test", "patient")}
-        images = read_parts(values.pop("data"), seed=values["seed"], **own)
+        images = _images(values)
+        values = {n: v for n, v in values.items() if n not in (*_SPLIT, "data")}
         print(function(images, **values))  # noqa: T201
 
     return _command(first.splitlines()[0], flags, work)

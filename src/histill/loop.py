@@ -31,7 +31,7 @@ from histill.experiment import Experiment
 from histill.files import atomic, cache_dir, digest, locked, read_json, sweep, write_json, writing
 from histill.machine import launch
 from histill.progress import Bar, notice, progress
-from histill.record import check_same, describe, record
+from histill.record import check_finished, check_same, describe, record
 from histill.run import Run, without_weights
 from histill.teachers import Cached, Keyed
 from histill.types import Batch, Objective, Outputs, Teacher, Terms, total
@@ -104,7 +104,7 @@ def train(
     """
     out = Path(out)
     fabric = launch(device, precision, loggers, out)
-    network = describe(experiment.student)
+    describe(experiment.student)  # a network that could not be made again is refused before anything is done
     with locked(out) if fabric.is_global_zero else nullcontext():
         before = fabric.broadcast(read_json(out / "run.json") if (out / "run.json").exists() else None)
         if before is not None:
@@ -116,8 +116,8 @@ def train(
             if fabric.is_global_zero:
                 sweep(out)
             _train(experiment, out, before, fabric, compile, keep_checkpoint, checkpoint_seconds, command)
-        elif before["network"]["function"] != network["function"]:
-            raise BadInput(f"{out} is finished, with the network {before['network']['function']}; give another --out")
+        else:
+            check_finished(before, experiment, out)
         fabric.barrier()
         return Run(out, read_json(out / "run.json"), without_weights(experiment.student))
 

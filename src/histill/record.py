@@ -19,7 +19,7 @@ from histill.errors import BadInput
 from histill.experiment import Experiment, plain
 from histill.files import digest
 
-__all__ = ["check_same", "describe", "record", "versions"]
+__all__ = ["check_finished", "check_same", "describe", "record", "versions"]
 
 _SAME = (
     "network",
@@ -75,7 +75,7 @@ def record(experiment: Experiment, packed: Packed, student: nn.Module) -> dict[s
             "images": {split: len(images.rows(split)) for split in ("train", "val", "test")},
             "unlabelled": int((images.frame["label"] == "").sum()),
             "unlabelled_hash": None if unlabelled is None else unlabelled.hash,
-            "patients": data.frame["patient"].nunique() if data.has_patients else None,
+            "patients": data.frame["patient"].replace("", None).nunique() if data.has_patients else None,
         },
         "notices": list(images.notices),
         "versions": versions(),
@@ -145,3 +145,22 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def check_finished(before: dict[str, Any], experiment: Experiment, out: Path) -> None:
+    """Refuse to take a finished run for another experiment (`BadInput` names what differs).
+
+    Compared is what needs no image to be read: the network, the data and the recipe's plain arguments.
+    """
+    there, here = (_comparable(r) for r in (before["recipe"], json.loads(json.dumps(experiment.recipe))))
+    there["network"], here["network"] = before["network"]["function"], describe(experiment.student)["function"]
+    there["data"], here["data"] = before["data"]["split_hash"], experiment.data.split_hash
+    for name in here.keys() & there.keys():
+        if here[name] != there[name]:
+            raise BadInput(f"{out} is finished, with {name} {there[name]}, not {here[name]}; give another --out")
+
+
+def _comparable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's arguments that are numbers, words or lists; runs and images are named by paths, which may move."""
+    paths = ("data", "teacher", "unlabelled")
+    return {n: v for n, v in recipe.get("arguments", {}).items() if n not in paths and not isinstance(v, dict)}

@@ -201,6 +201,9 @@ def _shared(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[A
     if not path.exists():
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=tuple(shape)).flush()
+        if hasattr(os, "posix_fallocate"):  # a disk that fills is then an error here, not a dead process later
+            with temporary.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
         try:
             os.link(temporary, path)  # unlike a rename this does not replace what another process just made
         except FileExistsError:

@@ -90,7 +90,7 @@ def check(images: Images, out: Path | None = None) -> Check:
         "root": str(images.root),
         "images": len(images),
         "classes": list(images.classes),
-        "patients": int(images.frame["patient"].nunique()) if images.has_patients else 0,
+        "patients": int(images.frame["patient"].replace("", None).nunique()) if images.has_patients else 0,
         "counts": _counts(frame),
         "sizes": {"smallest": int(sides[0]), "median": int(np.median(sides)), "largest": int(sides[-1])},
         "unreadable": bad["error"].tolist(),

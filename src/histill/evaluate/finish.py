@@ -98,7 +98,7 @@ def counts(info: dict[str, Any], table: pd.DataFrame | None = None) -> dict[str,
     found = {split: {"images": n} for split, n in info["data"]["images"].items() if n}
     if table is not None and info["data"]["patients"] is not None:
         for split, part in table.groupby("split"):
-            found[str(split)]["patients"] = part["patient"].nunique()
+            found[str(split)]["patients"] = part["patient"].replace("", None).nunique()
     return found
 
 
