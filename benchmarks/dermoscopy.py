@@ -77,6 +77,7 @@ def main() -> None:
         "settings": SETTINGS | dict.fromkeys(FLAGS, True),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": info["device"]},
         "versions": info["versions"],
+        "commit": info["commit"],
         "data": {key: info["data"][key] for key in ("images", "patients", "hash", "split_hash")},
         "selection": info["selection"]["rule"],
         **summary,

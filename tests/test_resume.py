@@ -184,7 +184,7 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, data: Images) -> None:
 
 def test_a_finished_run_of_another_network_is_refused(tmp_path: Path, data: Images) -> None:
     hs.train(experiment(data), tmp_path / "run")
-    with pytest.raises(BadInput, match=r"finished, with the network tiny:Tiny; give another --out"):
+    with pytest.raises(BadInput, match=r"finished, with network tiny:Tiny, not tiny:Normed; give another --out"):
         hs.train(experiment(data, student=partial(Normed)), tmp_path / "run", resume=True)
 
 
@@ -258,3 +258,12 @@ def test_a_second_process_is_refused(tmp_path: Path, data: Images) -> None:
     finally:
         child.kill()
         child.join()
+
+
+def test_a_finished_run_of_other_arguments_is_refused(data: Images, tmp_path: Path) -> None:
+    # A study that is called again with other epochs must not show the old runs as if they were these.
+    made = hs.recipes.dsnet.student(data, image_size=18, epochs=1)
+    hs.train(made, tmp_path / "run")
+    hs.train(hs.recipes.dsnet.student(data, image_size=18, epochs=1), tmp_path / "run", resume=True)
+    with pytest.raises(BadInput, match="finished, with epochs 1, not 2"):
+        hs.train(hs.recipes.dsnet.student(data, image_size=18, epochs=2), tmp_path / "run", resume=True)
