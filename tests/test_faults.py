@@ -19,6 +19,10 @@ main(sys.argv[2:])
 """
 
 
+def listen() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def train(data: Path, out: Path, *more: str) -> list[str]:
     flags = ["--image-size", "32", "--batch-size", "8", "--val", "0.25", "--test", "0.25"]
     return ["train", "dsnet.student", "--data", str(data), "--out", str(out), *flags, *more]
@@ -46,7 +50,8 @@ def test_a_disk_that_fills_is_one_line_and_the_run_goes_on_when_there_is_room(
 def test_an_interrupted_run_says_so_and_can_go_on(folder: MakeFolder, tmp_path: Path) -> None:
     data, out = folder({"benign": 12, "malignant": 12}), tmp_path / "run"
     command = [sys.executable, "-m", "histill", *train(data, out, "--epochs", "4000")]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell that runs this suite in the background has Ctrl-C ignored, and children inherit that.
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     deadline = time.monotonic() + 60
     while not (out / "log.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
