@@ -20,11 +20,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/histill demo --out $(OUT)
 
+# One thread: the tests are many small things, and two threads wait for one another more than they help.
 test: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 test-all: install
-	$(BIN)/pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or not slow"
 
 check: install
 	$(BIN)/ruff format --check src tests benchmarks
