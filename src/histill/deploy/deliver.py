@@ -72,7 +72,7 @@ def export(
 
     Raises:
         BadInput: no finished run, ``qupath`` without ``mpp``, ``int8`` of another format than ``onnx``.
-        Failed: the logits differ from the run's by more than 1e-3 (relative where the largest is above 1); the file is
+        Failed: the logits differ from the run's by more than 1e-3; the file is
             removed.
     """
     run = run if isinstance(run, Run) else Run.open(run, code=code)
