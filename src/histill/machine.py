@@ -64,6 +64,8 @@ def _logger(name: str, out: Path) -> Logger:
         require(name, "tracking")
         made = require("pytorch_lightning.loggers", "tracking")
         if name == "mlflow":
-            return made.MLFlowLogger(experiment_name="histill", run_name=out.name)
+            # MLflow has given up its folder of files; without a server it keeps a database, here in the run.
+            uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve() / 'mlflow.db'}"
+            return made.MLFlowLogger(experiment_name="histill", run_name=out.name, tracking_uri=uri)
         return made.WandbLogger(project="histill", name=out.name, save_dir=out)
     raise BadInput(f"logger {name!r}: one of tensorboard, mlflow, wandb (log.csv is always written)")
