@@ -46,7 +46,7 @@ def work(root: Path) -> None:
     histill.evaluate.finish.finish = no_page
     data = table(root / "data")
     for name, made in experiments(data).items():
-        hs.train(made, root / "two" / name, device="cpu")
+        hs.train(made, root / "two" / name, device="cpu", precision="32-true")
     hs.train(stopping(data), root / "two" / "stopping", device="cpu")
     hs.train(stopping(data), root / "two" / "stopping", device="cpu", resume=True)
 
@@ -76,7 +76,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["plain", "accumulated", "cached"])
 def test_two_processes_end_at_the_weights_of_one(root: Path, tmp_path: Path, monkeypatch: Any, name: str) -> None:
     monkeypatch.setattr("histill.evaluate.finish.finish", no_page)
-    alone = hs.train(experiments(table(root / "data"))[name], tmp_path / name)
+    alone = hs.train(experiments(table(root / "data"))[name], tmp_path / name, precision="32-true")
     two = root / "two" / name
     for key, value in load_file(alone.path / "model.safetensors").items():
         assert torch.allclose(value, load_file(two / "model.safetensors")[key], atol=1e-6), key

@@ -96,7 +96,7 @@ def test_another_seed_or_learning_rate_gives_other_weights(data: Images, tmp_pat
 
 def test_a_step_is_gradient_descent_on_the_mean_over_the_batch(data: Images, tmp_path: Path) -> None:
     history, losses = descent(data, 3, lr=0.5)
-    run = hs.train(experiment(data, batch_size=100, epochs=3), tmp_path / "run")
+    run = hs.train(experiment(data, batch_size=100, epochs=3), tmp_path / "run", precision="32-true")
     assert apart(weights(run), history[-1]) < 1e-6
     assert run.log["raw/hard"].tolist() == pytest.approx(losses, abs=1e-6)
 
@@ -105,8 +105,8 @@ def test_a_step_is_gradient_descent_on_the_mean_over_the_batch(data: Images, tmp
 def test_accumulation_gives_the_gradient_of_the_whole_batch(data: Images, tmp_path: Path, accumulate: int) -> None:
     # 24 training images in batches of 7: the last has three, which 2 and 8 do not divide.
     kind: dict[str, Any] = {"objective": both, "teacher": Counting(), "batch_size": 7}
-    whole = hs.train(experiment(data, **kind), tmp_path / "whole")
-    cut = hs.train(experiment(data, **kind, accumulate=accumulate), tmp_path / "cut")
+    whole = hs.train(experiment(data, **kind), tmp_path / "whole", precision="32-true")
+    cut = hs.train(experiment(data, **kind, accumulate=accumulate), tmp_path / "cut", precision="32-true")
     assert apart(weights(whole), weights(cut)) < 1e-6
     np.testing.assert_allclose(whole.log["loss"], cut.log["loss"], rtol=1e-5)
 
@@ -116,7 +116,7 @@ def test_a_clipped_step_is_as_long_as_the_clip(data: Images, tmp_path: Path) -> 
     history, _ = descent(data, 1, lr=1.0)
     free = {name: history[1][name] - history[0][name] for name in history[0]}
     norm = math.sqrt(sum(float((step**2).sum()) for step in free.values()))
-    run = hs.train(experiment(data, **kind, clip=norm / 4), tmp_path / "run")
+    run = hs.train(experiment(data, **kind, clip=norm / 4), tmp_path / "run", precision="32-true")
     assert all(torch.allclose(now - history[0][name], free[name] / 4, atol=1e-6) for name, now in weights(run).items())
 
 
@@ -126,7 +126,7 @@ def test_the_moving_average_follows_its_recursion(data: Images, tmp_path: Path) 
     for step, now in enumerate(history[1:]):
         decay = min(0.3, (1 + step) / (10 + step))
         mean = {name: decay * mean[name] + (1 - decay) * now[name] for name in mean}
-    run = hs.train(experiment(data, batch_size=100, epochs=4, ema=0.3), tmp_path / "run")
+    run = hs.train(experiment(data, batch_size=100, epochs=4, ema=0.3), tmp_path / "run", precision="32-true")
     assert apart(weights(run), mean) < 1e-6
     assert apart(weights(run), history[-1]) > 1e-4
 

@@ -305,7 +305,9 @@ def test_unlabelled_images_join_the_soft_term_only(tmp_path: Path) -> None:
     data, teacher = table(tmp_path / "data"), Counting()
     more = unlabelled(tmp_path)
     run = hs.train(
-        experiment(data, unlabelled=more, objective=both, teacher=teacher, batch_size=100, epochs=1), tmp_path / "run"
+        experiment(data, unlabelled=more, objective=both, teacher=teacher, batch_size=100, epochs=1),
+        tmp_path / "run",
+        precision="32-true",
     )
     torch.manual_seed(0)
     network = Tiny()

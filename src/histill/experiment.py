@@ -16,13 +16,13 @@ from types import ModuleType
 from typing import Any, ParamSpec
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from histill.data.images import Images
 from histill.data.views import Augment
 from histill.errors import BadInput
 from histill.schedules import Schedule, constant
-from histill.types import Objective, Teacher
+from histill.types import Batch, Objective, Outputs, Teacher
 
 __all__ = ["Experiment", "load_recipe", "recipe"]
 
@@ -40,6 +40,9 @@ class Experiment:
         objective: ``(student, teacher, batch) -> {name: (weight, loss)}``.
         image_size: height and width in pixels that the student sees.
         teacher: what the objective compares with; none for a network's own training.
+        inputs: ``(batch, teacher's outputs) -> (N, 3, H, W)``, what the student is shown, where that is not the batch's
+            images alone: crops that the teacher's attention points at, or the images in four rotations. The student's
+            outputs are then of all N, in one pass.
         unlabelled: images that join the training with the teacher's word only.
         augment: what a view may change.
         views: how many distinct views each image has (None: a new one in every epoch). Views and epochs are
@@ -68,6 +71,7 @@ class Experiment:
     objective: Objective
     image_size: int
     teacher: Teacher | None = None
+    inputs: Callable[[Batch, Outputs], Tensor] | None = None
     unlabelled: Images | None = None
     augment: Augment = field(default_factory=Augment)
     views: int | None = None

@@ -44,13 +44,15 @@ _VALIDATION = ("accuracy", "balanced_accuracy", "auroc")
 class Learner(nn.Module):
     """Whatever trains, behind one forward: the student, and the objective where it has weights of its own."""
 
-    def __init__(self, student: nn.Module, objective: Objective) -> None:
+    def __init__(self, student: nn.Module, experiment: Experiment) -> None:
         super().__init__()
         self.student = student
-        self.objective = objective
+        self.objective = copy.deepcopy(experiment.objective)
+        self.inputs = experiment.inputs
 
     def forward(self, batch: Batch, teacher: Outputs) -> Terms:
-        return self.objective(Outputs(self.student(batch.images)), teacher, batch)
+        shown = batch.images if self.inputs is None else self.inputs(batch, teacher)
+        return self.objective(Outputs(self.student(shown)), teacher, batch)
 
 
 @dataclass
@@ -144,7 +146,7 @@ def _train(
 
     torch.manual_seed(experiment.seed)
     student = experiment.student().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    learner = Learner(student, copy.deepcopy(experiment.objective))
+    learner = Learner(student, experiment)
     average = _Average(student, experiment.ema, fabric.device) if experiment.ema else None
     optimizer = experiment.optimizer(learner.parameters())
     rates = [group["lr"] for group in optimizer.param_groups]

@@ -24,6 +24,7 @@ __all__ = ["check_finished", "check_same", "describe", "record", "versions"]
 _SAME = (
     "network",
     "objective",
+    "inputs",
     "teacher",
     "classes",
     "image_size",
@@ -52,6 +53,7 @@ def record(experiment: Experiment, packed: Packed, student: nn.Module) -> dict[s
         "network": describe(experiment.student),
         "parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
         "objective": _made_by(experiment.objective),
+        "inputs": None if experiment.inputs is None else _made_by(experiment.inputs),
         "teacher": None if experiment.teacher is None else {"key": getattr(experiment.teacher, "key", "")},
         "classes": list(data.classes),
         "positive": experiment.positive,
