@@ -34,7 +34,7 @@ from histill.progress import Bar, notice, progress
 from histill.record import check_finished, check_same, describe, record
 from histill.run import Run, without_weights
 from histill.teachers import Cached, Keyed
-from histill.types import Batch, Objective, Outputs, Teacher, Terms, total
+from histill.types import Batch, Outputs, Teacher, Terms, total
 
 __all__ = ["train"]
 

@@ -1,0 +1,150 @@
+"""The papers' sets of experiments on real images, at a size that two cores train.
+
+    python benchmarks/studies.py dsnet DATA OUT
+
+DATA holds the image folders named in `TASKS`, each with a ``labels.csv`` (file, label, split, group), and
+``imagenet_mobilenet`` (ImageNet weights of MobileNet). A teacher that starts from those weights is trained first where
+the task names one; then `histill study NAME` runs. The summary, with task, settings and versions, goes to
+benchmarks/results/study-NAME.json, the tables to study-NAME.txt, the figures into the folder study-NAME.
+
+What the settings were chosen by is in benchmarks/LOG.md; none was chosen on test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+RESULTS = Path(__file__).parent / "results"
+HISTILL = Path(sys.executable).parent / "histill"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One study on one data set.
+
+    Attributes:
+        images: the folder in DATA.
+        labels: the classes that are taken (none: all).
+        split: keep the data's own test images; otherwise the study draws its splits by group.
+        flags: of `histill study`.
+        teacher: flags of `histill train NAME.teacher`, for a teacher that starts from ImageNet weights of MobileNet.
+        network: which MobileNet that is, by timm's name.
+    """
+
+    images: str
+    flags: str
+    labels: tuple[str, ...] = ()
+    split: bool = True
+    teacher: str = ""
+    network: str = ""
+
+
+PUBLISHED = {
+    "mobilenetv1_100": "mobilenet_v1_1.0_224_quant_embedding_extractor.npz",
+    "mobilenetv2_100": "mobilenet_v2_1.0_224_quant.npz",
+}
+
+TASKS = {
+    "dsnet": Task(
+        "isic_derm",
+        labels=("melanoma", "nevus"),
+        flags="--val 0.2 --positive melanoma --image-size 80 --epochs 20 --weights none",
+        network="mobilenetv1_100",
+        teacher="--network mobilenet_v1 --val 0.2 --positive melanoma --image-size 128 --epochs 12 --batch-size 32 "
+        "--lr 3e-4",
+    ),
+}
+
+
+def manifest(task: Task, source: Path, out: Path) -> Path:
+    """The task's images, copied, and their manifest; a group is a patient."""
+    table = pd.read_csv(source / "labels.csv")
+    table = table[table["split"].isin(["train", "test"])]
+    if task.labels:
+        table = table[table["label"].isin(task.labels)]
+    table = table.rename(columns={"file": "path", "group": "patient"})
+    table = table[["path", "label", "patient", *(["split"] if task.split else [])]]
+    for path in table["path"]:
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, out / path)
+    table.to_csv(out / "manifest.csv", index=False)
+    return out / "manifest.csv"
+
+
+def call(*words: object) -> str:
+    """Run a command; its progress is shown, what it prints is returned."""
+    return subprocess.run([str(w) for w in words], check=True, text=True, stdout=subprocess.PIPE).stdout
+
+
+def trained_teacher(name: str, task: Task, data: Path, table: Path, out: Path) -> list[str]:
+    """``--teacher RUN``, trained from ImageNet weights."""
+    weights, run = out / f"{task.network}.safetensors", out / "teacher"
+    if not weights.exists():
+        convert = Path(__file__).parent / "mobilenet_weights.py"
+        published = data / "imagenet_mobilenet" / PUBLISHED[task.network]
+        call(sys.executable, convert, published, task.network, table.parent, weights)
+    if not (run / "run.json").exists():
+        call(
+            HISTILL,
+            "train",
+            f"{name}.teacher",
+            "--data",
+            table,
+            "--out",
+            run,
+            "--weights",
+            weights,
+            *task.teacher.split(),
+        )
+    elif json.loads((run / "run.json").read_text())["status"] != "finished":
+        call(HISTILL, "train", "--out", run, "--resume")
+    return ["--teacher", str(run)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=TASKS)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    name, data, out = arguments.name, arguments.data, arguments.out
+    task = TASKS[name]
+    table = manifest(task, data / task.images, out / "images")
+    teacher = trained_teacher(name, task, data, table, out) if task.teacher else []
+    study = out / "study"
+    tables = call(HISTILL, "study", name, "--data", table, "--out", study, *teacher, *task.flags.split())
+    RESULTS.mkdir(exist_ok=True)
+    first = next(iter(sorted(study.glob("runs/*/run.json"))))
+    info = json.loads(first.read_text())
+    shown = {
+        "command": f"python benchmarks/studies.py {name} DATA OUT",
+        "images": task.images,
+        "classes": info["classes"],
+        "settings": {"study": task.flags, "teacher": task.teacher, "teacher_weights": task.network or None},
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": info["device"]},
+        "precision": info["precision"],
+        "versions": info["versions"],
+        "commit": info["commit"],
+        "data": {key: info["data"][key] for key in ("images", "patients", "hash", "split_hash")},
+        "selection": info["selection"]["rule"],
+        **json.loads((study / "summary.json").read_text()),
+    }
+    (RESULTS / f"study-{name}.json").write_text(json.dumps(shown, indent=1) + "\n")
+    (RESULTS / f"study-{name}.txt").write_text(tables[: tables.rfind("\nreport:")] + "\n")
+    pictures = RESULTS / f"study-{name}"
+    shutil.rmtree(pictures, ignore_errors=True)
+    shutil.copytree(study / "figures", pictures)
+
+
+if __name__ == "__main__":
+    main()
