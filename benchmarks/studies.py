@@ -36,9 +36,10 @@ class Task:
         images: the folder in DATA.
         labels: the classes that are taken (none: all).
         split: keep the data's own test images; otherwise the study draws its splits by group.
-        flags: of `histill study`.
-        teacher: flags of `histill train NAME.teacher`, for a teacher that starts from ImageNet weights of MobileNet.
-        network: which MobileNet that is, by timm's name.
+        flags: of `histill study`; WEIGHTS stands for the file of ImageNet weights.
+        teacher: flags of `histill train NAME.teacher`, where the study does not train its teacher itself; it starts
+            from the ImageNet weights.
+        network: whose ImageNet weights these are, by timm's name.
     """
 
     images: str
@@ -63,6 +64,15 @@ TASKS = {
         teacher="--network mobilenet_v1 --val 0.2 --positive melanoma --image-size 128 --epochs 12 --batch-size 32 "
         "--lr 3e-4",
     ),
+    "kd-convnext": Task(
+        "lc25000",
+        labels=("lung_aca", "lung_n", "lung_scc"),
+        split=False,
+        flags="--val 0.1 --test 0.1 --seeds 3 --image-size 64 --epochs 16 --batch-size 16 --network convnext_atto "
+        "--weights none --teacher-network mobilenetv2_100 --teacher-weights WEIGHTS --teacher-epochs 10 "
+        "--networks tf_efficientnetv2_b0 --precision 32-true",
+        network="mobilenetv2_100",
+    ),
 }
 
 
@@ -86,13 +96,19 @@ def call(*words: object) -> str:
     return subprocess.run([str(w) for w in words], check=True, text=True, stdout=subprocess.PIPE).stdout
 
 
-def trained_teacher(name: str, task: Task, data: Path, table: Path, out: Path) -> list[str]:
-    """``--teacher RUN``, trained from ImageNet weights."""
-    weights, run = out / f"{task.network}.safetensors", out / "teacher"
+def imagenet(task: Task, data: Path, table: Path, out: Path) -> Path:
+    """The ImageNet weights of the task's network."""
+    weights = out / f"{task.network}.safetensors"
     if not weights.exists():
         convert = Path(__file__).parent / "mobilenet_weights.py"
         published = data / "imagenet_mobilenet" / PUBLISHED[task.network]
         call(sys.executable, convert, published, task.network, table.parent, weights)
+    return weights
+
+
+def trained_teacher(name: str, task: Task, table: Path, weights: Path, out: Path) -> list[str]:
+    """``--teacher RUN``, trained from ImageNet weights."""
+    run = out / "teacher"
     if not (run / "run.json").exists():
         call(
             HISTILL,
@@ -120,9 +136,11 @@ def main() -> None:
     name, data, out = arguments.name, arguments.data, arguments.out
     task = TASKS[name]
     table = manifest(task, data / task.images, out / "images")
-    teacher = trained_teacher(name, task, data, table, out) if task.teacher else []
+    weights = imagenet(task, data, table, out)
+    teacher = trained_teacher(name, task, table, weights, out) if task.teacher else []
+    flags = [str(weights) if word == "WEIGHTS" else word for word in task.flags.split()]
     study = out / "study"
-    tables = call(HISTILL, "study", name, "--data", table, "--out", study, *teacher, *task.flags.split())
+    tables = call(HISTILL, "study", name, "--data", table, "--out", study, *teacher, *flags)
     RESULTS.mkdir(exist_ok=True)
     first = next(iter(sorted(study.glob("runs/*/run.json"))))
     info = json.loads(first.read_text())

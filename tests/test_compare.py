@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,9 @@ def test_a_gain_is_the_paired_difference_from_the_first(runs: list[Run]) -> None
         assert found["runs"][name]["accuracy"]["value"] == pytest.approx(right(run).mean())
 
 
-def test_a_run_and_itself_differ_by_nothing(runs: list[Run]) -> None:
-    gain = hs.compare(runs[0], runs[0], names=["one", "again"]).summary["gain"]["again"]
+def test_a_run_and_itself_differ_by_nothing(runs: list[Run], tmp_path: Path) -> None:
+    shutil.copytree(runs[0].path, tmp_path / "again")
+    gain = hs.compare(runs[0], tmp_path / "again").summary["gain"]["again"]
     assert gain["mcnemar_p"] == 1
     for name in ("accuracy", "balanced_accuracy", "auroc", "ece"):
         assert (gain[name]["value"], gain[name]["low"], gain[name]["high"]) == (0, 0, 0)
@@ -74,7 +76,11 @@ def test_it_prints_as_a_table(runs: list[Run], root: Path, capsys: Any) -> None:
     assert cli.run(["compare", str(runs[0].path), str(runs[1].path), "--out", str(root / "out")]) == 0
     said = capsys.readouterr().out
     assert "fast minus slow, paired: McNemar p = " in said
-    assert said.strip() == str(hs.compare(*runs)).strip()
+    found = hs.compare(*runs)
+    assert said.strip() == str(found).strip()
+    auroc, gain = (found.summary[part]["fast"]["auroc"] for part in ("runs", "gain"))
+    assert f"{auroc['value']:.3f} ({auroc['low']:.3f} to {auroc['high']:.3f})" in said, "as on the page, not in percent"
+    assert f"auroc               {gain['value']:+.3f} (" in said.replace("−", "-")
     assert (root / "out/summary.json").is_file()
 
 

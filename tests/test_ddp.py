@@ -16,10 +16,12 @@ from conftest import write_classes
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import Counting, Normed, both, experiment, no_page, table
+from torch.nn import functional as F
 
 import histill as hs
 from histill.data import Images
 from histill.experiment import Experiment
+from histill.types import Batch, Outputs, Terms
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no distributed part")
 
@@ -31,7 +33,13 @@ def experiments(data: Images) -> dict[str, Experiment]:
         "plain": experiment(data, **kind),
         "accumulated": experiment(data, **kind, accumulate=2),
         "cached": experiment(data, **kind, views=1, clip=0.5, ema=0.5, select="loss"),
+        "unused": experiment(data, **kind | {"objective": headless}, accumulate=2),
     }
+
+
+def headless(student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
+    """Leaves the student's last layer unused."""
+    return {"hint": (1.0, F.mse_loss(student["pooled"], teacher["logits"].repeat(1, 2)[:, :3]))}
 
 
 def stopping(data: Images) -> Experiment:
@@ -73,7 +81,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", ["plain", "accumulated", "cached"])
+@pytest.mark.parametrize("name", ["plain", "accumulated", "cached", "unused"])
 def test_two_processes_end_at_the_weights_of_one(root: Path, tmp_path: Path, monkeypatch: Any, name: str) -> None:
     monkeypatch.setattr("histill.evaluate.finish.finish", no_page)
     alone = hs.train(experiments(table(root / "data"))[name], tmp_path / name, precision="32-true")
@@ -94,8 +102,8 @@ def test_they_stop_together(root: Path) -> None:
 
 
 def test_one_of_them_speaks(root: Path) -> None:
-    # Four runs, each with a notice; the fifth is finished already.
-    assert (root / "stderr").read_text().count("1 images of another mode were converted to RGB") == 4
+    # Five runs, each with a notice; the sixth is finished already.
+    assert (root / "stderr").read_text().count("1 images of another mode were converted to RGB") == 5
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 import warnings
 import zlib
@@ -194,6 +195,17 @@ def damaged(tmp_path: Path) -> dict[str, bytes]:
         "bomb.png": bomb(40_000, 40_000),
         "short.png": bomb(2_000, 2_000),
     }
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives an I/O error")
+def test_trouble_of_the_machine_is_told_from_damage_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(BadInput):
+        decode(tmp_path / "cut.png")
+    with pytest.raises(OSError, match="/proc/self/mem") as caught:
+        decode(Path("/proc/self/mem"))
+    assert caught.value.errno == errno.EIO
+    assert not isinstance(caught.value, BadInput)
 
 
 def test_what_cannot_be_read_is_one_line_with_the_path(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ RUN_FILES = (
     "log.csv",
     "model.safetensors",
     "predictions.parquet",
+    "last.parquet",
     "metrics.json",
     "report.html",
 )

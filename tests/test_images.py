@@ -280,6 +280,22 @@ def test_a_damaged_table_is_bad_input(tmp_path: Path, text: str) -> None:
         Images.load(tmp_path / "gone.csv")
 
 
+def test_whatever_is_in_place_of_a_table_is_one_line(tmp_path: Path) -> None:
+    whole = Images(pd.DataFrame([["é"] * 7], columns=list(COLUMNS)), tmp_path, ("é", "b"))
+    whole.save(tmp_path / "whole.csv")
+    raw = (tmp_path / "whole.csv").read_bytes()
+    path = tmp_path / "data.csv"
+    for text in (b"# " + b"[" * 100_000, raw.replace("é".encode(), b"\xff"), raw[:-3], raw + b'"a","b"\n"', b"\0" * 99):
+        path.write_bytes(text)
+        with pytest.raises(BadInput, match=r"data\.csv: not a table of images") as caught:
+            Images.load(path)
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(BadInput, match=r"data\.csv: not a table of images \(.*directory"):
+        Images.load(path)
+
+
 FIELD = st.one_of(
     st.sampled_from(
         ["a.png", "b.png", "x", "y", "train", "test", "p1", "", '"', "../a.png", ".", "a.png/", "\x00", "http://x"]

@@ -214,6 +214,19 @@ def test_the_epoch_is_kept_that_the_log_says(data: Images, tmp_path: Path, selec
     np.testing.assert_allclose(table[table["split"] == "test"]["prob_malignant"], p[:, 1], atol=1e-6)
 
 
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_the_last_epochs_predictions_are_kept_beside_those_of_the_best(
+    data: Images, tmp_path: Path, ema: float | None
+) -> None:
+    kind: dict[str, Any] = {"epochs": 6, "ema": ema, "optimizer": partial(torch.optim.SGD, lr=8.0, momentum=0.9)}
+    chosen = hs.train(experiment(data, **kind, select="loss"), tmp_path / "chosen")
+    last = hs.train(experiment(data, **kind, select="last"), tmp_path / "last")
+    pd.testing.assert_frame_equal(chosen.last, last.predictions)
+    pd.testing.assert_frame_equal(last.last, last.predictions)
+    assert chosen.info["selection"]["epoch"] < 5
+    assert not chosen.last.equals(chosen.predictions)
+
+
 def test_training_stops_when_nothing_gets_better(data: Images, tmp_path: Path) -> None:
     still = partial(torch.optim.SGD, lr=0.0)
     run = hs.train(experiment(data, epochs=9, patience=3, select="loss", optimizer=still), tmp_path / "run")
@@ -250,6 +263,10 @@ def test_weights_that_explode_are_named_by_their_loss(data: Images, tmp_path: Pa
     wild = experiment(data, optimizer=partial(torch.optim.SGD, lr=1e38), epochs=4, clip=clip)
     with pytest.raises(Failed, match=r"'hard' is|no finite logits"):
         hs.train(wild, tmp_path / "run")
+
+
+def nan_in_epoch_1(student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
+    return {"ratio": (1.0, student["logits"].mean() * (math.nan if batch.views[0] == 1 else 1.0))}
 
 
 def misspelt(student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
@@ -315,6 +332,52 @@ def test_tensorboard_gets_what_the_log_has(data: Images, tmp_path: Path) -> None
     events.Reload()
     assert [e.step for e in events.Scalars("raw/hard")] == [0, 1]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(run.log["loss"].tolist(), rel=1e-6)
+
+
+@pytest.mark.slow  # MLflow makes its database first, which takes seconds
+def test_mlflow_gets_what_the_log_has_and_how_the_run_ended(data: Images, tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    run = hs.train(experiment(data), tmp_path / "run", loggers=["mlflow"])
+    with pytest.raises(Failed):
+        hs.train(experiment(data, objective=nan_in_epoch_1), tmp_path / "bad", loggers=["mlflow"])
+    for folder, status, epochs in (("run", "FINISHED", 2), ("bad", "FAILED", 1)):
+        client = mlflow.MlflowClient(f"sqlite:///{tmp_path / folder / 'mlflow.db'}")
+        (kept,) = client.search_runs([client.get_experiment_by_name("histill").experiment_id])
+        assert (kept.info.run_name, kept.info.status) == (folder, status)
+        log = hs.Run(tmp_path / folder, {}, run.build).log
+        assert len(log) == epochs
+        for column in log.columns:
+            history = sorted(client.get_metric_history(kept.info.run_id, column), key=lambda m: m.step)
+            assert [m.step for m in history] == list(range(epochs))
+            np.testing.assert_allclose([m.value for m in history], log[column], rtol=1e-12)
+
+
+@pytest.mark.slow  # imports take seconds, and W&B has a process of its own
+def test_each_run_has_its_own_in_wandb(data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("one", "two"):
+        hs.train(experiment(data), tmp_path / name, loggers=["wandb"])
+        assert wandb.run is None, "left open, the next run would write into it"
+    wandb.teardown()  # waits for W&B's own process to have written all
+    for name in ("one", "two"):
+        (kept,) = (tmp_path / name / "wandb").glob("offline-run-*/run-*.wandb")
+        written = kept.read_bytes()
+        for column in ("raw/hard", "val/balanced_accuracy"):
+            assert column.encode() in written
+
+
+def test_loggers_are_told_how_the_run_ended(data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from lightning_fabric.loggers import TensorBoardLogger
+
+    said: list[str] = []
+    monkeypatch.setattr(TensorBoardLogger, "finalize", lambda self, status: said.append(status))
+    hs.train(experiment(data), tmp_path / "run", loggers=["tensorboard"])
+    with pytest.raises(Failed):
+        hs.train(experiment(data, objective=nan_in_epoch_1), tmp_path / "bad", loggers=["tensorboard"])
+    assert said == ["success", "failed"]
 
 
 def test_a_logger_that_is_not_installed_is_named_with_its_extra(

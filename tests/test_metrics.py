@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.special import softmax
 from sklearn import metrics as sk
 
 from histill.errors import BadInput
 from histill.evaluate import calibration
+from histill.evaluate.finish import tempered
 from histill.evaluate.metrics import METRICS, Scores, confusion, metrics, per_class, reliability, roc_curve
 
 
@@ -204,16 +206,19 @@ def test_agreement_needs_a_teacher() -> None:
 def test_temperature_is_recovered() -> None:
     rng = np.random.default_rng(0)
     logits = 2 * rng.normal(size=(20_000, 4))
-    labels = (calibration.apply(logits, 1).cumsum(axis=1) > rng.random((20_000, 1))).argmax(axis=1)
+    labels = (softmax(logits, axis=1).cumsum(axis=1) > rng.random((20_000, 1))).argmax(axis=1)
     assert calibration.fit_temperature(3 * logits, labels) == pytest.approx(3, rel=0.03)
-    log_p = np.log(calibration.apply(3 * logits, 1))
+    hot = Scores(labels, softmax(3 * logits, axis=1), np.arange(20_000))
+    log_p = np.log(hot.probabilities)
     assert calibration.fit_temperature(log_p, labels) == pytest.approx(
         calibration.fit_temperature(3 * logits, labels), rel=1e-4
     )
-    cooled = calibration.apply(3 * logits, 3)
-    assert np.array_equal(cooled.argmax(axis=1), logits.argmax(axis=1))
-    before = point(Scores(labels, calibration.apply(3 * logits, 1), np.arange(20_000)), "ece")["ece"]
-    assert point(Scores(labels, cooled, np.arange(20_000)), "ece")["ece"] < 0.02 < before
+    cooled = tempered(hot, 3)
+    np.testing.assert_allclose(
+        cooled.probabilities, softmax(logits, axis=1), atol=1e-3
+    )  # less than 1e-12 is taken for it
+    assert np.array_equal(cooled.predictions, hot.predictions)
+    assert point(cooled, "ece")["ece"] < 0.02 < point(hot, "ece")["ece"]
 
 
 def test_temperature_refuses_infinite_logits() -> None:

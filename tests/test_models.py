@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import parameters
 from torch import Tensor, nn
 
 import histill.models as models
 from histill.errors import BadInput
-from histill.evaluate.cost import macs, parameters
+from histill.evaluate.cost import macs
 from histill.models import (
     CSAT,
     SAT,

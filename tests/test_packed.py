@@ -53,7 +53,7 @@ def test_the_second_time_no_image_is_opened(folder: MakeFolder) -> None:
     again = pack(images, 16)
     np.testing.assert_array_equal(pixels_of(again), before)
     assert again.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    with pytest.raises(BadInput, match="none of 6 images is readable"):
+    with pytest.raises(BadInput, match="no such file"):
         pack(images, 17)
 
 
@@ -99,6 +99,23 @@ def test_unlabelled_images_have_no_class_number(folder: MakeFolder) -> None:
     images = read_images(folder({"a": 2, "b": 2}))
     frame = images.frame.assign(label=["a", "", "b", ""])
     assert pack(images.with_frame(frame), 16).labels.tolist() == [0, -1, 1, -1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives an I/O error")
+def test_a_file_that_cannot_be_read_just_now_is_not_remembered_as_unreadable(folder: MakeFolder) -> None:
+    root = folder({"a": 3, "b": 3})
+    images, file = read_images(root), root / "a" / "p001_1.png"
+    aside = file.rename(root / "aside")
+    file.symlink_to("/proc/self/mem")  # reads of it fail with EIO
+    with pytest.raises(Failed, match=r"p001_1\.png cannot be read just now \(Input/output error\)"):
+        pack(images, 16)
+    file.unlink()
+    with pytest.raises(BadInput, match=r"p001_1\.png: no such file"):
+        pack(images, 16)
+    aside.rename(file)
+    packed = pack(images, 16)
+    assert len(packed.images) == 6
+    assert packed.images.notices == ()
 
 
 def test_tiny_and_converted_images_are_named(folder: MakeFolder) -> None:

@@ -172,6 +172,17 @@ def test_the_answer_says_what_the_intervals_are_over(summary: dict[str, Any], tm
     assert "One seed" not in text
 
 
+def test_the_int8_student_stands_beside_the_other_with_its_own_gain(summary: dict[str, Any], tmp_path: Path) -> None:
+    small = summary["efficiency"]["student"] | {"file_bytes": 295_000, "latency_ms_batch1": {"median": 4.0, "p95": 5.0}}
+    both = summary | {"efficiency": summary["efficiency"] | {"student_int8": small}}
+    text = text_of(distill_report(tmp_path, both))
+    assert "Teacher Student Gain Student, int8 Gain" in text
+    assert "Latency of one image, median 80 ms 5 ms 16.0× 4 ms 20×" in text
+    assert "File 94.4 MB 1.08 MB 87× 0.295 MB 320×" in text
+    assert "Images per second 14.0 210.0 15.0× 210.0 15.0×" in text
+    assert "Student, int8" not in text_of(distill_report(tmp_path, summary))
+
+
 def test_the_report_holds_the_figures(summary: dict[str, Any], tmp_path: Path) -> None:
     path = distill_report(tmp_path, summary, settings={"temperature": 10.0}, versions={"torch": "2.11"})
     assert path == tmp_path / "report.html"
@@ -271,9 +282,6 @@ def test_every_figure_is_drawn_and_the_same_bytes_each_time(tmp_path: Path) -> N
         "training_alone": lambda p: figures.training(log[["epoch", "lr", "loss"]], p),
         "gain": lambda p: figures.gain({**paired_gain(other, s, resamples=50), "auroc": undefined}, p),
         "gallery": lambda p: figures.gallery(np.zeros((7, 8, 8, 3)), s.labels, s.probabilities, CLASSES, p),
-        "frontier": lambda p: figures.frontier(
-            [figures.Point("Teacher", figure(0.9, 0.8, 1), 81.0, 10**7), figures.Point("b", figure(0.8), 2.0, 999)], p
-        ),
         "softened": lambda p: figures.softened(np.array([3.0, 1.0, 0.0]), [1, 10], CLASSES, p),
         "sweep": lambda p: figures.sweep([1, 3], [0.8, 0.9], [0.7, 0.8], [0.9, 1], p, paper=[np.nan, 0.85]),
     }  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
 from tiny import Counting, Normed, Tiny, both, bytes_of, everything, experiment, no_page, process, table
 
 import histill as hs
@@ -152,6 +155,38 @@ def half_written(root: Path, name: str) -> None:
 
     torch.save = torn
     go(root, name)
+
+
+class Steep:
+    """An objective whose scaled gradients overflow float16; it is interrupted at the ``call``-th call."""
+
+    def __init__(self, call: int = 0) -> None:
+        self.call = call
+
+    def __call__(self, student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
+        self.call -= 1
+        if self.call == 0:
+            raise KeyboardInterrupt
+        return {"hard": (3000.0, torch.nn.functional.cross_entropy(student["logits"], batch.labels))}
+
+
+def test_how_far_a_float16_loss_is_scaled_is_remembered(
+    tmp_path: Path, data: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Fabric offers 16-mixed on GPUs alone; its parts work on the CPU as well.
+    half = partial(MixedPrecision, "16-mixed", "cpu")
+    monkeypatch.setattr("histill.loop.launch", lambda *_: Fabric(accelerator="cpu", devices=1, plugins=[half()]))
+    gently = {"optimizer": partial(torch.optim.SGD, lr=1e-5), "epochs": 4}
+    made = {"whole": (0,), "torn": (8, 0)}
+    for name, calls in made.items():
+        for call in calls:
+            with pytest.raises(KeyboardInterrupt) if call else nullcontext():
+                kind = {"resume": True, "checkpoint_seconds": 0, "keep_checkpoint": True}
+                hs.train(experiment(data, objective=Steep(call), **gently), tmp_path / name, **kind)
+    whole, torn = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in made)
+    assert whole["precision"] == torn["precision"]
+    assert whole["precision"]["scale"] < 65536, "some steps should have overflowed"
+    assert all(torch.equal(value, torn["learner"][name]) for name, value in whole["learner"].items())
 
 
 def undone(out: Path) -> None:

@@ -44,7 +44,8 @@ def run(data: Images, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_the_folder_holds_what_the_design_says(run: Run) -> None:
     assert set(bytes_of(run.path)) == {
-        *("run.json", "data.csv", "log.csv", "model.safetensors", "predictions.parquet", "metrics.json", "report.html"),
+        *("run.json", "data.csv", "log.csv", "model.safetensors", "metrics.json", "report.html"),
+        *("predictions.parquet", "last.parquet"),
         *(f"figures/{name}.png" for name in ("training", "reliability", "confusion", "roc")),
     }
 

@@ -15,7 +15,9 @@ from tiny import SIZE, bytes_of, no_page, table
 import histill as hs
 from histill import cli
 from histill.data import Images, pack
+from histill.deploy.deliver import open_any
 from histill.errors import BadInput
+from histill.machine import find_device
 from histill.recipes import dsnet
 from histill.run import Run
 
@@ -80,6 +82,28 @@ def test_a_run_and_its_exports_predict_the_same(
         assert (table["prediction"] == np.where(found[:, 0] >= found[:, 1], "benign", "malignant")).all()
 
 
+def test_runs_compute_on_the_device_that_is_named(
+    run: Run, exported: dict[str, Any], data: Images, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = data.root / data.frame["path"][0]
+    tokens = {"predict": ["predict", str(run.path), str(image), "--out", str(tmp_path / "o.csv")]}
+    tokens |= {"evaluate": ["evaluate", str(run.path), "--data", str(data.root)], "bench": ["bench", str(run.path)]}
+    for words in tokens.values():
+        assert cli.run([*words, "--device", "tpu"]) == 2
+        assert "--device tpu: one of auto, cpu, cuda, cuda:1, mps" in capsys.readouterr().err
+    predicted = [hs.predict(run.path, image, device=device)["prob_benign"][0] for device in ("cpu", "auto")]
+    assert predicted[0] == pytest.approx(predicted[1], abs=1e-3)
+    assert open_any(run.path, device="auto").network.fc.weight.device.type == find_device("auto").type  # type: ignore[attr-defined]
+    for module in ("histill.deploy.deliver", "histill.machine"):  # as on a machine with another device
+        monkeypatch.setattr(f"{module}.find_device", lambda name: torch.device("cuda"))
+    said = {}
+    for device in ("auto", "cuda"):
+        said[device] = (hs.predict(exported["onnx"]["path"], image, device=device), capsys.readouterr().err)
+    assert said["auto"][0].equals(said["cuda"][0])
+    assert "runs on the CPU" in said["cuda"][1]
+    assert "runs on the CPU" not in said["auto"][1]
+
+
 def test_a_manifest_or_an_image_is_predicted(run: Run, data: Images) -> None:
     listed = data.frame["path"].tolist()[3:6]
     manifest = data.root / "some.csv"
@@ -119,7 +143,7 @@ def test_wrong_predictions_are_refused(run: Run, data: Images, tmp_path: Path) -
 def test_wrong_exports_are_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="--int8 goes with --format onnx"):
         hs.export(run, tmp_path / "a.pt", format="torchscript", int8=True)
-    with pytest.raises(BadInput, match="needs --mpp"):
+    with pytest.raises(BadInput, match="give --mpp"):
         hs.export(run, tmp_path / "q", format="qupath")
     assert not list(tmp_path.iterdir())
 
@@ -141,6 +165,7 @@ def test_bench_sets_models_side_by_side(run: Run, exported: dict[str, Any]) -> N
     for found in (first, second):
         assert found["latency_ms_batch1"]["median"] <= found["latency_ms_batch1"]["p95"]
         assert found["latency_ms_batch4"]["median"] == pytest.approx(4e3 / found["images_per_second"])
+        assert found["device"] == "cpu"
     assert first["peak_memory_bytes"] is None
     assert second["peak_memory_bytes"] > second["file_bytes"]
     assert len({len(line) for line in text.splitlines()}) == 1, "the columns are aligned"

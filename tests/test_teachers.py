@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import histill as hs
+from histill import cli
 from histill.data import Augment, Images, Packed, pack, read_unlabelled
 from histill.errors import BadInput, Failed
+from histill.loop import _teacher
 from histill.run import Run
 from histill.teachers import Cached, Ensemble, Frozen, as_teacher
 from histill.types import Batch, Outputs
@@ -123,6 +125,56 @@ def test_an_ensemble_is_the_log_of_the_mean_probability(packed: Packed) -> None:
     assert Ensemble([one]).key != Ensemble([one, other]).key != Ensemble([other, one]).key
 
 
+def test_a_teachers_confidence_is_the_published_weight_and_the_mean_without_a_label(packed: Packed) -> None:
+    # exp(CE) is 1/p of the label: of class 0 (1/0.8, 1/0.4), of class 1 (1/0.2, 1/0.6).
+    one = Fixed([np.log(4.0), 0.0], [np.log(4.0), 0.0], [np.log(4.0), 0.0])
+    other = Fixed([np.log(2 / 3), 0.0], [np.log(2 / 3), 0.0], [np.log(2 / 3), 0.0])
+    teacher = Ensemble([one, other], "confidence")
+    batch = batch_of(packed, [0, 1, 2])._replace(labels=torch.tensor([0, 1, -1]))
+    ce = np.log([[1 / 0.8, 1 / 0.4], [1 / 0.2, 1 / 0.6]])
+    w = 1 - np.exp(ce) / np.exp(ce).sum(1, keepdims=True)
+    p = [float(w[0] @ [0.8, 0.4]), float(w[1] @ [0.8, 0.4]), 0.6]
+    np.testing.assert_allclose(teacher(batch)["logits"].exp(), [[q, 1 - q] for q in p], rtol=1e-5)
+    assert (w[:, 0] > w[:, 1]).tolist() == [True, False], "who is nearer to the label counts for more"
+    assert teacher.key != Ensemble([one, other]).key
+    alone = Ensemble([one], "confidence")(batch)["logits"]
+    np.testing.assert_allclose(alone, one(batch)["logits"].log_softmax(1), atol=1e-6)
+    with pytest.raises(BadInput, match="mean or confidence"):
+        Ensemble([one], "vote")  # type: ignore[arg-type]
+
+
+def test_no_teacher_is_judged_with_the_labels_in_its_hands(data: Images, tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    class Looking(Counting):
+        def __call__(self, batch: Batch) -> Outputs:
+            seen.append(batch.labels)
+            return super().__call__(batch)
+
+    hs.train(experiment(data, objective=both, teacher=Looking(), epochs=1), tmp_path / "run")
+    assert sum(len(labels) for labels in seen if (labels == -1).all()) == len(data.rows("val"))
+    assert sum(len(labels) for labels in seen if (labels >= 0).all()) == len(data.rows("train"))
+
+
+def test_several_teachers_are_given_by_their_runs(data: Images, tmp_path: Path) -> None:
+    for number in (0, 1):
+        made = hs.recipes.methods.teacher(
+            data, network="wrn_16_1", weights="none", image_size=SIZE, epochs=1, batch_size=8, seed=number
+        )
+        hs.train(made, tmp_path / f"teacher{number}")
+    teachers = [str(tmp_path / f"teacher{number}") for number in (0, 1)]
+    data.frame.to_csv(data.root / "manifest.csv", index=False)
+    command = ["train", "methods.student", "--data", str(data.root / "manifest.csv"), "--out", str(tmp_path / "out")]
+    command += ["--network", "wrn_16_1", "--image-size", str(SIZE), "--epochs", "1", "--batch-size", "8"]
+    several = [word for path in teachers for word in ("--teacher", path)]
+    assert cli.run([*command, *several, "--weighting", "confidence"]) == 0
+    run = Run.open(tmp_path / "out")
+    assert run.info["recipe"]["arguments"]["teacher"] == " + ".join(teachers)
+    both_of_them = [as_teacher(Run.open(path), data.classes) for path in teachers]
+    assert run.info["teacher"]["key"] == Ensemble(both_of_them, "confidence").key
+    assert cli.run(["train", "--resume", "--out", str(tmp_path / "out")]) == 0
+
+
 def test_an_ensemble_of_none_is_refused() -> None:
     with pytest.raises(BadInput, match="at least one teacher"):
         Ensemble([])
@@ -206,6 +258,17 @@ def test_a_cache_of_other_images_is_refused(data: Images, tmp_path: Path) -> Non
     fewer = data.with_frame(data.frame.drop(index=data.rows("train")[0]))
     with pytest.raises(BadInput, match=r"\(data, shape differ\)"):
         hs.train(everything(fewer, tmp_path / "cache"), tmp_path / "two")
+
+
+def test_what_was_answered_on_another_kind_of_device_is_not_taken(data: Images, tmp_path: Path, packed: Packed) -> None:
+    on_cpu, on_cuda = (
+        _teacher(everything(data, True), packed, torch.device(kind)).folder  # type: ignore[union-attr]
+        for kind in ("cpu", "cuda:1")
+    )
+    assert on_cpu != on_cuda
+    hs.train(everything(data, tmp_path / "cache"), tmp_path / "run", device="cpu")
+    with pytest.raises(BadInput, match=r"caches something else \(device differ\)"):
+        _teacher(everything(data, tmp_path / "cache"), packed, torch.device("cuda"))
 
 
 def test_without_a_folder_another_teacher_gets_another_cache(data: Images, tmp_path: Path) -> None:

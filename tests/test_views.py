@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 from torch import Tensor
 
-from histill.data.views import NONE, Augment, render, uniform
+from histill.data.views import NONE, Augment, _keys, _mix, _mixed, _normal, render, uniform
 
 EVERYTHING = Augment(
     hflip=True, vflip=True, rotate=180, zoom=0.2, shift=0.1, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1
 )
+COMBINED = Augment(rotate=180, saturation=0.3, hue=0.1, edges=0.4, blur=0.03, noise=0.05, subset=0.5)
 STILL = {"hflip": False, "vflip": False}
 
 
@@ -47,13 +48,13 @@ def test_uniform_is_uniform() -> None:
     ids = torch.arange(200).repeat_interleave(100)
     views = torch.arange(100).repeat(200)
     u = uniform(0, ids, views)
-    assert u.shape == (20_000, 12)
+    assert u.shape == (20_000, 24)
     assert u.min() >= 0
     assert u.max() < 1
     error = 1 / math.sqrt(u.size)
     assert abs(u.mean() - 1 / 2) < 4 * error * math.sqrt(1 / 12)
     assert abs((u**2).mean() - 1 / 3) < 4 * error * math.sqrt(4 / 45)
-    for draw in range(12):
+    for draw in range(24):
         assert kstest(u[:, draw], "uniform").pvalue > 1e-4
     # Along each axis alone: one image's views, one view of all images, and one place over all seeds.
     assert kstest(uniform(0, torch.zeros(5000), torch.arange(5000))[:, 0], "uniform").pvalue > 1e-4
@@ -64,13 +65,13 @@ def test_uniform_is_uniform() -> None:
 
 def test_draws_of_neighbours_are_not_correlated() -> None:
     u = uniform(0, torch.arange(200).repeat_interleave(100), torch.arange(100).repeat(200))
-    within = np.corrcoef(u.T) - np.eye(12)
+    within = np.corrcoef(u.T) - np.eye(24)
     assert abs(within).max() < 5 / math.sqrt(len(u))
-    grid = u.reshape(200, 100, 12) - 0.5
+    grid = u.reshape(200, 100, 24) - 0.5
     for neighbour in (grid[1:, :] * grid[:-1, :], grid[:, 1:] * grid[:, :-1], grid[1:, 1:] * grid[:-1, :-1]):
         assert abs(neighbour.mean((0, 1)) * 12).max() < 5 / math.sqrt(neighbour[..., 0].size)
     other = uniform(1, torch.arange(200).repeat_interleave(100), torch.arange(100).repeat(200)) - 0.5
-    assert abs((grid.reshape(-1, 12) * other).mean(0) * 12).max() < 5 / math.sqrt(len(u))
+    assert abs((grid.reshape(-1, 24) * other).mean(0) * 12).max() < 5 / math.sqrt(len(u))
     swapped = uniform(0, torch.arange(100).repeat(200), torch.arange(200).repeat_interleave(100))
     assert not (swapped == u)[torch.arange(100).repeat(200) != torch.arange(200).repeat_interleave(100)].any()
 
@@ -99,24 +100,29 @@ IDS = torch.arange(24) * 7
 ALL = {view: render(POOL, IDS, torch.full((24,), view), augment=EVERYTHING, seed=11) for view in range(3)}
 
 
+COMBINATIONS = {view: render(POOL, IDS, torch.full((24,), view), augment=COMBINED, seed=11) for view in range(3)}
+
+
 @given(chosen=st.lists(st.tuples(st.integers(0, 23), st.integers(0, 2)), min_size=1, max_size=40))
 @settings(max_examples=40, deadline=None)
 def test_a_view_has_the_same_bits_in_any_batch_and_order(chosen: list[tuple[int, int]]) -> None:
     rows, views = (torch.tensor(part) for part in zip(*chosen))
-    batch = render(POOL[rows], IDS[rows], views, augment=EVERYTHING, seed=11)
-    for place, (row, view) in enumerate(chosen):
-        assert torch.equal(batch[place], ALL[view][row])
+    for augment, expected in ((EVERYTHING, ALL), (COMBINED, COMBINATIONS)):
+        batch = render(POOL[rows], IDS[rows], views, augment=augment, seed=11)
+        for place, (row, view) in enumerate(chosen):
+            assert torch.equal(batch[place], expected[view][row])
 
 
-def test_a_large_view_has_the_same_bits_alone_and_with_any_number_of_threads() -> None:
+@pytest.mark.parametrize("augment", [EVERYTHING, COMBINED], ids=["everything", "combined"])
+def test_a_large_view_has_the_same_bits_alone_and_with_any_number_of_threads(augment: Augment) -> None:
     pixels, ids = noise(3, 224), torch.arange(3)
     threads = torch.get_num_threads()
     try:
         found = []
         for count in (1, 2, 4):
             torch.set_num_threads(count)
-            whole = render(pixels, ids, ids, augment=EVERYTHING, seed=0)
-            alone = [render(pixels[i : i + 1], ids[i : i + 1], ids[i : i + 1], augment=EVERYTHING, seed=0) for i in ids]
+            whole = render(pixels, ids, ids, augment=augment, seed=0)
+            alone = [render(pixels[i : i + 1], ids[i : i + 1], ids[i : i + 1], augment=augment, seed=0) for i in ids]
             assert torch.equal(torch.cat(alone), whole)
             found.append(whole)
     finally:
@@ -137,8 +143,8 @@ def test_another_seed_image_number_or_view_is_another_picture() -> None:
 
 def test_key_names_seed_and_every_strength() -> None:
     assert NONE.key(3) == {"seed": 3, **STILL} | dict.fromkeys(
-        ("rotate", "zoom", "shift", "brightness", "contrast", "saturation", "hue"), 0.0
-    )
+        ("rotate", "zoom", "shift", "brightness", "contrast", "saturation", "hue", "edges", "blur", "noise"), 0.0
+    ) | {"subset": 1.0}
     keys = [Augment().key(0), Augment().key(1), Augment(hue=0.1).key(0), Augment(vflip=False).key(0)]
     assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
 
@@ -265,3 +271,83 @@ def test_saturation_keeps_grey_and_scales_the_distance_from_it() -> None:
     assert 1.29 < ratio.max() <= 1.3 + 1e-4
     flat = torch.full((1, 8, 8, 3), 90, dtype=torch.uint8)
     assert (views_of(flat, torch.arange(9), Augment(saturation=0.5)) - 90 / 255).abs().max() < 1e-6
+
+
+# Random combinations, contours, smoothing, noise -----------------------------------------------------------------------
+
+
+def test_a_combination_applies_each_operation_by_a_draw_of_its_own() -> None:
+    views = torch.arange(2000)
+    u = uniform(0, torch.zeros(2000), views)
+    image = smooth(8)
+    for name, gate in (
+        ("brightness", 15),
+        ("contrast", 16),
+        ("saturation", 17),
+        ("hue", 18),
+        ("blur", 20),
+        ("noise", 22),
+    ):
+        always = Augment(**STILL, **{name: 0.2})
+        some = Augment(**STILL, **{name: 0.2}, subset=0.3)
+        applied = torch.from_numpy(u[:, gate] < 0.3)
+        assert abs(float(applied.float().mean()) - 0.3) < 0.04
+        found, everywhere = views_of(image, views, some), views_of(image, views, always)
+        assert torch.equal(found[applied], everywhere[applied]), name
+        assert (found[~applied] - views_of(image, views[:1], NONE)).abs().max() < 1e-6, name
+    gates = np.corrcoef((u[:, 12:24] < 0.5).T) - np.eye(12)
+    assert abs(gates).max() < 5 / math.sqrt(2000)
+
+
+def test_the_strength_of_what_is_applied_does_not_depend_on_how_often_it_is() -> None:
+    turned, sometimes = (views_of(smooth(16), torch.arange(200), Augment(rotate=90, subset=s)) for s in (1, 0.5))
+    same = (turned == sometimes).flatten(1).all(1)
+    assert 70 < int(same.sum()) < 130
+
+
+def test_contours_are_dark_where_a_picture_changes_and_white_where_it_does_not() -> None:
+    step = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+    step[:, :, 4:] = 255
+    view = views_of(step, torch.tensor([0]), Augment(**STILL, edges=1.0))[0, 0]
+    # Half the picture, half its contours: black lines at the two columns beside the step, else white.
+    torch.testing.assert_close(view[3], torch.tensor([0.5, 0.5, 0.5, 0.0, 0.5, 1.0, 1.0, 1.0]))
+    drawn = views_of(step, torch.arange(1000), Augment(**STILL, edges=0.1))
+    share = float((drawn[:, 0, 0, 0] > 0.25).float().mean())
+    assert abs(share - 0.1) < 4 * math.sqrt(0.09 / 1000)
+
+
+def test_smoothing_is_a_gaussian_of_the_drawn_width() -> None:
+    size, blur = 32, 0.06
+    point = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    point[:, 16, 16] = 255
+    views = torch.arange(50)
+    found = views_of(point, views, Augment(**STILL, blur=blur))[:, 0]
+    sigma = torch.from_numpy(uniform(0, torch.zeros(50), views)[:, 19] * blur * size)
+    torch.testing.assert_close(found.sum((1, 2)), torch.ones(50))
+    apart = torch.arange(size) - 16
+    spread = (found.sum(1) * apart**2).sum(1).sqrt()
+    wide = sigma > 0.7
+    assert int(wide.sum()) > 10
+    assert (spread[wide] / sigma[wide] - 1).abs().max() < 0.05
+    flat = torch.full((1, 9, 9, 3), 77, dtype=torch.uint8)
+    torch.testing.assert_close(views_of(flat, views, Augment(**STILL, blur=0.2)), torch.full((50, 3, 9, 9), 77 / 255))
+
+
+def test_noise_is_near_normal_and_of_the_drawn_strength() -> None:
+    field = _normal(torch.arange(64), (3, 40, 40)).double()
+    assert abs(float(field.mean())) < 4 / math.sqrt(field.numel())
+    assert float(field.var()) == pytest.approx(1, abs=0.02)
+    assert kstest(field.flatten()[:20_000], "norm").statistic < 0.02
+    assert abs(float((field[:, :, :, 1:] * field[:, :, :, :-1]).mean())) < 0.01
+    assert abs(float((field[:, 0] * field[:, 1]).mean())) < 0.02
+    assert abs(float((field[1:] * field[:-1]).mean())) < 0.01
+    grey = torch.full((1, 40, 40, 3), 128, dtype=torch.uint8)
+    views = torch.arange(20)
+    spread = views_of(grey, views, Augment(**STILL, noise=0.1)).flatten(1).std(1)
+    drawn = torch.from_numpy(uniform(0, torch.zeros(20), views)[:, 21]).float() * 0.1
+    torch.testing.assert_close(spread, drawn, rtol=0.06, atol=1e-6)
+
+
+def test_the_hash_of_noise_is_that_of_draws() -> None:
+    keys = _keys(3, torch.arange(50), torch.arange(50))
+    assert np.array_equal(_mixed(torch.from_numpy(keys.view(np.int64))).numpy().view(np.uint64), _mix(keys))

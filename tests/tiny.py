@@ -113,6 +113,11 @@ def everything(data: Images, cache: Path | bool, **changes: Any) -> Experiment:
     return experiment(data, **chosen | changes)
 
 
+def parameters(network: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
 def no_page(out: Path, info: dict[str, Any]) -> None:
     """In place of `histill.evaluate.finish.finish`: drawing takes ten times as long as these trainings."""
 

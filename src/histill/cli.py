@@ -35,11 +35,14 @@ Interrupted = 130
 _BAD_PATH = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
-for _verb, _what in (
-    ("distill", "Teacher, student alone, distilled student; comparison, export, report."),
-    ("train", "Run one experiment, such as dsnet.teacher."),
-    ("study", "A paper's whole set of experiments, beside its own numbers."),
-):
+VERBS = {
+    "distill": "Teacher, student alone, distilled student; comparison, export, report.",
+    "train": "Run one experiment, such as dsnet.teacher.",
+    "study": "A paper's whole set of experiments, beside its own numbers.",
+}
+"""Commands whose flags are those of the recipe or the study that is named."""
+
+for _verb, _what in VERBS.items():
     app.command(cyclopts.App(name=_verb, help=_what))
 
 
@@ -51,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(tokens: list[str]) -> int:
     """Run a command and return its exit status; what goes wrong is one line on stderr."""
     try:
-        if tokens and tokens[0] in ("train", "distill", "study"):
+        if tokens and tokens[0] in VERBS:
             from histill.flags import recipe_command
 
-            verb, command = recipe_command(tokens)
+            verb, command = recipe_command(tokens, VERBS[tokens[0]])
             del app[verb]
             app.command(command, name=verb)
         app(tokens, exit_on_error=False, print_error=False)
@@ -111,6 +114,7 @@ def evaluate(
     data: Path | None = None,
     patient: str | None = None,
     out: Path | None = None,
+    device: str = "auto",
     code: Path | None = None,
 ) -> None:
     """Figures of a run with 95 % intervals.
@@ -120,13 +124,14 @@ def evaluate(
         data: other labelled images to judge it on (a folder of class folders or a manifest).
         patient: regular expression that reads the patient off an image's path.
         out: a JSON file for the figures.
+        device: where the images of --data are judged: auto, cpu, cuda or mps.
         code: the Python file of a network that is not Histill's.
     """
     from histill.evaluate.finish import table_of
     from histill.evaluate.judge import judge
     from histill.files import write_json
 
-    figures = judge(run, data, patient=patient, code=code)
+    figures = judge(run, data, patient=patient, device=device, code=code)
     if out is not None:
         write_json(out, figures)
     _print(table_of(figures))
@@ -152,21 +157,29 @@ def compare(*runs: Path, split: Literal["test", "val"] = "test", out: Path | Non
 
 @app.command
 def predict(
-    model: Path, images: Path, *, out: Path, batch_size: Count = 32, strict: bool = False, code: Path | None = None
+    model: Path,
+    images: Path,
+    *,
+    out: Path,
+    batch_size: Count = 32,
+    strict: bool = False,
+    device: str = "auto",
+    code: Path | None = None,
 ) -> None:
     """Class and probabilities of every image in a folder.
 
     Args:
-        model: a run, an .onnx or a TorchScript file.
+        model: a run, an .onnx or a TorchScript file, or the folder of an export with early exit.
         images: an image, a folder (searched through) or a CSV manifest with a column path.
         out: a .csv or .parquet file.
         batch_size: images at once.
         strict: an unreadable image is an error; otherwise it is named and left out.
+        device: where a run computes: auto, cpu, cuda or mps; exported files compute on the CPU.
         code: the Python file of a network that is not Histill's.
     """
     from histill.deploy.serve import predict as work
 
-    work(model, images, out, batch_size=batch_size, strict=strict, code=code)
+    work(model, images, out, batch_size=batch_size, strict=strict, device=device, code=code)
 
 
 @app.command
@@ -176,6 +189,7 @@ def export(
     format: Format = "onnx",
     out: Path | None = None,
     int8: bool = False,
+    early_exit: float | None = None,
     mpp: float | None = None,
     code: Path | None = None,
 ) -> None:
@@ -186,18 +200,25 @@ def export(
         format: onnx, torchscript, or qupath (the folder that QuPath's WSInfer extension loads).
         out: the file or folder (default: beside the run's weights).
         int8: also a static int8 ONNX file, calibrated on validation images.
+        early_exit: accuracy (a share, such as 0.01) that may be lost on validation where images leave a network with
+            exits at the first that is sure; writes a folder with an ONNX file per exit.
         mpp: microns per pixel of the training images, which qupath needs.
         code: the Python file of a network that is not Histill's.
     """
     from histill.deploy.deliver import export as work
 
-    for line in work(run, out, format=format, int8=int8, mpp=mpp, code=code).lines():
+    for line in work(run, out, format=format, int8=int8, early_exit=early_exit, mpp=mpp, code=code).lines():
         _print(line)
 
 
 @app.command
 def bench(
-    *models: Path, out: Path | None = None, batch_size: Count = 16, seconds: Seconds = 3.0, code: Path | None = None
+    *models: Path,
+    out: Path | None = None,
+    batch_size: Count = 16,
+    seconds: Seconds = 3.0,
+    device: str = "cpu",
+    code: Path | None = None,
 ) -> None:
     """Parameters, MACs, file size, memory (of .onnx files), latency and images per second, side by side.
 
@@ -206,12 +227,13 @@ def bench(
         out: a folder for summary.json.
         batch_size: images at once, beside single images.
         seconds: how long each model is timed, warm-up apart.
+        device: where runs are timed: auto, cpu, cuda or mps; exported files are timed on the CPU.
         code: the Python file of a network that is not Histill's.
     """
     from histill.deploy.deliver import bench as work
     from histill.files import write_json
 
-    summary, table = work(models, batch_size=batch_size, seconds=seconds, code=code)
+    summary, table = work(models, batch_size=batch_size, seconds=seconds, device=device, code=code)
     if out is not None:
         write_json(out / "summary.json", summary)
     _print(table)
@@ -256,6 +278,47 @@ def check(data: Path, *, patient: str | None = None, out: Path | None = None, st
     problems = [*found.errors, *(found.summary["unreadable"] if strict else [])]
     if problems:
         raise BadInput(problems[0])
+
+
+@data_app.command
+def enhance(
+    images: Path,
+    out: Path,
+    *,
+    weights: Path | None = None,
+    scale: Count | None = None,
+    tile: Count = 512,
+    device: str = "auto",
+    strict: bool = False,
+) -> None:
+    """Enlarge images before training, by a super-resolution network or plain resampling; goes on where it stopped.
+
+    Args:
+        images: a folder (searched through) or a CSV manifest.
+        out: a folder for the PNG files, which lie in it as the images lie in theirs, and for the manifest.
+        weights: a .safetensors or .pth file of any network that spandrel knows, such as Real-ESRGAN; without it the
+            images are resampled.
+        scale: how many times as wide and high (default: the network's own; 2 without one).
+        tile: side in pixels of what the network sees at once.
+        device: auto, cpu, cuda or mps.
+        strict: an unreadable image is an error; otherwise it is named and left out.
+    """
+    from histill.data.enhance import enhance as work
+
+    _print(work(images, out, weights=weights, scale=scale, tile=tile, device=device, strict=strict))
+
+
+@data_app.command
+def cifar(archive: Path, out: Path) -> None:
+    """CIFAR-100 as class folders, from its binary archive.
+
+    Args:
+        archive: cifar-100-binary.tar.gz.
+        out: a folder for train/ and test/.
+    """
+    from histill.data.cifar import unpack_cifar
+
+    _print(unpack_cifar(archive, out))
 
 
 @data_app.command

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from histill.errors import BadInput
 from histill.evaluate.finish import scores
 from histill.evaluate.intervals import figures_with_intervals, paired_gain
-from histill.evaluate.report import difference, share
+from histill.evaluate.report import shown, shown_gain
 from histill.run import Run
 
 __all__ = ["Comparison", "compare"]
@@ -33,23 +32,22 @@ class Comparison:
         runs, gains = self.summary["runs"], self.summary["gain"]
         width = max(len(name) for name in runs) + 2
         lines = [f"{'':{width}}" + "".join(f"{name.replace('_', ' '):28}" for name in _SHOWN)]
-        lines += [f"{name:{width}}" + "".join(f"{share(r[m]):28}" for m in _SHOWN) for name, r in runs.items()]
+        lines += [f"{name:{width}}" + "".join(f"{shown(m, r[m]):28}" for m in _SHOWN) for name, r in runs.items()]
         first = next(iter(runs))
         for name, gain in gains.items():
             lines.append(f"\n{name} minus {first}, paired: McNemar p = {gain['mcnemar_p']:.3g}")
-            lines += [f"  {metric.replace('_', ' '):20}{difference(gain[metric])}" for metric in _SHOWN]
+            lines += [f"  {metric.replace('_', ' '):20}{shown_gain(metric, gain[metric])}" for metric in _SHOWN]
         if len(gains) > 1:
             lines.append(f"\n{len(gains)} comparisons: the intervals and p values are not corrected for their number")
         return "\n".join(lines)
 
 
-def compare(*runs: Run | str | Path, split: str = "test", names: Sequence[str] | None = None) -> Comparison:
+def compare(*runs: Run | str | Path, split: str = "test") -> Comparison:
     """Compare runs on the same images; the first is what the others are compared with.
 
     Args:
-        runs: runs or their folders, two or more.
+        runs: runs or their folders, two or more; called by their folders' names.
         split: the split that is compared.
-        names: what the runs are called (default: their folders' names).
 
     Raises:
         BadInput: fewer than two runs, other classes, or other images.
@@ -70,7 +68,7 @@ def compare(*runs: Run | str | Path, split: str = "test", names: Sequence[str] |
     images = first.predictions.query("split == @split")["image"]
     tables = [run.predictions.set_index("image", drop=False).loc[images] for run in opened]
     found = [scores(t, first.classes, positive=first.info["positive"]) for t in tables]
-    called = list(names) if names else _distinct([run.path for run in opened])
+    called = _distinct([run.path for run in opened])
     return Comparison(
         {
             "split": split,

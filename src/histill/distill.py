@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,8 +28,9 @@ from histill.files import locked, sweep, write_json
 from histill.loop import train
 from histill.progress import notice, say
 from histill.run import Run
+from histill.teachers import Ensemble, as_teacher
 
-__all__ = ["check_unseen", "distill", "read_parts", "teacher_arguments"]
+__all__ = ["check_unseen", "distill", "open_teachers", "read_parts", "teacher_arguments"]
 
 ROLES = ("teacher", "student_alone", "student_distilled")
 _TITLES = {"teacher": "teacher", "student_alone": "student alone", "student_distilled": "distilled"}
@@ -112,7 +113,9 @@ def distill(
             else:
                 taught = given
             alone = train(lonely, home / "student_alone", **machine)
-            _doubt(taught, alone)
+            if taught.info["data"]["split_hash"] == images.split_hash:
+                for line in _worse(_validation(taught), _validation(alone)):
+                    notice(line)
             extra = {"teacher": taught, **({} if more is None else {"unlabelled": more})}
             distilled = train(_experiment(module, "student", learner, extra), home / "student_distilled", **machine)
             runs.append(dict(zip(ROLES, (taught, alone, distilled))))
@@ -136,16 +139,14 @@ def teacher_arguments(teacher: Sequence[str], values: dict[str, Any]) -> dict[st
     return own | {n: values[n] for n in ALWAYS_SHARED if n in teacher and n in values}
 
 
-def _doubt(teacher: Run, alone: Run) -> None:
-    """Say so where the teacher knows no more than the student does by itself."""
-    if teacher.info["data"]["split_hash"] != alone.info["data"]["split_hash"]:
-        return
-    best = [_validation(run) for run in (teacher, alone)]
-    if None not in best and best[0] < best[1]:  # type: ignore[operator]
-        notice(
-            f"the teacher is worse than the student alone on validation (balanced accuracy {best[0]:.3f} and "
-            f"{best[1]:.3f}); train it longer, start it from pretrained weights or take another"
-        )
+def _worse(teacher: float | None, alone: float | None) -> list[str]:
+    """What to say where the teacher knows no more than the student does by itself (balanced accuracies)."""
+    if teacher is None or alone is None or teacher >= alone:
+        return []
+    return [
+        f"The teacher is worse than the student alone on validation (balanced accuracy {teacher:.3f} and {alone:.3f}); "
+        "train it longer, start it from pretrained weights or take another."
+    ]
 
 
 def _validation(run: Run) -> float | None:
@@ -218,9 +219,22 @@ def check_unseen(teacher: Run, images: Images) -> None:
         )
 
 
+def open_teachers(
+    paths: Sequence[Path],
+    images: Images,
+    *,
+    weighting: Literal["mean", "confidence"] = "mean",
+    code: Path | None = None,
+) -> Run | Ensemble:
+    """One run, or several as one teacher; none was trained on what its student is judged on (`BadInput`)."""
+    runs = [Run.open(path, code=code) for path in paths]
+    for run in runs:
+        check_unseen(run, images)
+    return runs[0] if len(runs) == 1 else Ensemble([as_teacher(run, images.classes) for run in runs], weighting)
+
+
 def _doubts(trio: dict[str, Run]) -> list[str]:
     judged = trio["student_distilled"].info["teacher"].get("validation", {})
-    teacher, alone = judged.get("balanced_accuracy"), _validation(trio["student_alone"])
     lines = []
     if trio["teacher"].info["network"]["arguments"].get("weights", "") is None:
         lines.append("The teacher started from random weights, not from ImageNet.")
@@ -229,12 +243,7 @@ def _doubts(trio: dict[str, Run]) -> list[str]:
             f"The distilled student also saw {more} unlabelled images, and so took more steps in each epoch than the "
             "student alone: the gain is that of both."
         )
-    if teacher is not None and alone is not None and teacher < alone:
-        lines.append(
-            "The teacher is worse than the student alone on validation "
-            f"(balanced accuracy {teacher:.3f} and {alone:.3f})."
-        )
-    return lines
+    return lines + _worse(judged.get("balanced_accuracy"), _validation(trio["student_alone"]))
 
 
 def _pictures(out: Path, images: Images, judged: dict[str, Scores], test: dict[str, Any], table: Any) -> list[Picture]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import cyclopts
 
@@ -19,10 +19,11 @@ from histill.progress import say
 __all__ = ["recipe_command", "summary_lines"]
 
 
-def recipe_command(tokens: list[str]) -> tuple[str, Any]:
+def recipe_command(tokens: list[str], what: str) -> tuple[str, Any]:
     """The verb and the function of the recipe that ``tokens`` name, with the recipe's own flags.
 
-    With ``--resume`` the recipe's name is read from ``--out`` and put into ``tokens``.
+    Until one is named the help is ``what``. With ``--resume`` the recipe's name is read from ``--out`` and put into
+    ``tokens``.
     """
     verb, name = tokens[0], tokens[1] if len(tokens) > 1 and not tokens[1].startswith("-") else ""
     if not name and "--resume" in tokens and (out := _option(tokens, "--out")):
@@ -30,26 +31,25 @@ def recipe_command(tokens: list[str]) -> tuple[str, Any]:
         tokens.insert(1, name)
     if not name:
         if {"--help", "-h"} & set(tokens):
-            return verb, _named(verb)
+            return verb, _unnamed(verb, what)
         from histill.experiment import recipes, studies
 
         there = studies() if verb == "study" else recipes()
-        what = "study" if verb == "study" else "recipe"
-        raise BadInput(f"histill {verb} needs a {what}: {', '.join(there)}, or file.py:function")
+        raise BadInput(f"histill {verb} needs a {_kind(verb)}: {', '.join(there)}, or file.py:function")
     builders = {"train": _train_command, "distill": _distill_command, "study": _study_command}
     return verb, builders[verb](name)
 
 
-def _named(verb: str) -> Any:
+def _kind(verb: str) -> str:
+    """What the verb is about."""
+    return "study" if verb == "study" else "recipe"
+
+
+def _unnamed(verb: str, what: str) -> Any:
     """What ``histill VERB --help`` shows before a recipe is named."""
-
-    def command(recipe: str, /) -> None: ...
-
-    what = {"train": "Run one experiment, such as dsnet.teacher.", "study": "Run a paper's whole set of experiments."}
-    first = what.get(verb, "Teacher, student alone, distilled student; comparison, export, report.")
-    hint = f"Name the recipe to see its flags: histill {verb} dsnet --help"
-    command.__doc__ = f"{first}\n\n{hint}\n\nArgs:\n    recipe: a name (histill recipes) or file.py:function."
-    return command
+    name = "dsnet.student" if verb == "train" else "dsnet"
+    hint = f"Name the {_kind(verb)} to see its flags: histill {verb} {name} --help"
+    return _command(f"{what}\n\n{hint}", {}, lambda values: None, _kind(verb))
 
 
 def _option(tokens: list[str], name: str) -> str:
@@ -120,22 +120,25 @@ _COMMON: tuple[tuple[str, Any, Any, str], ...] = (
     ("resume", bool, False, "go on with what --out holds; needs --out alone."),
 )
 _SPLIT = ("val", "test", "split_seed", "patient")
-_PATHS = {
-    "teacher": "a run to learn from; without it the student learns alone.",
-    "unlabelled": "a folder of further images, which join with the teacher's word only.",
+_PATHS: dict[str, tuple[Any, str]] = {
+    "teacher": (list[Path] | None, "a run to learn from, or several; without it the student learns alone."),
+    "unlabelled": (Path | None, "a folder of further images, which join with the teacher's word only."),
 }
 
 
-def _signature(function: Callable[..., Any]) -> dict[str, tuple[Any, Any, str]]:
-    """A recipe's arguments as flags: name -> type, default, help. Runs and tables are given as paths."""
+def _signature(
+    function: Callable[..., Any], paths: dict[str, tuple[Any, str]] = _PATHS
+) -> dict[str, tuple[Any, Any, str]]:
+    """A recipe's arguments as flags: name -> type, default, help. Runs and tables are given as ``paths``."""
     described = _docs(function)
     hints = get_type_hints(inspect.unwrap(function))
     flags: dict[str, tuple[Any, Any, str]] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name == "data":
             continue
-        if name in _PATHS:
-            flags[name] = (Path | None, None, described.get(name, _PATHS[name]))
+        if name in paths:
+            kind, text = paths[name]
+            flags[name] = (kind, None, described.get(name, text))
         else:
             unhinted = str if parameter.default in (None, inspect.Parameter.empty) else type(parameter.default)
             flags[name] = (hints.get(name, unhinted), parameter.default, described.get(name, ""))
@@ -155,19 +158,21 @@ def _docs(function: Callable[..., Any]) -> dict[str, str]:
     return found
 
 
-def _command(doc: str, flags: dict[str, tuple[Any, Any, str]], work: Callable[[dict[str, Any]], Any]) -> Any:
-    """A function of the given flags for cyclopts; ``work`` gets those that were given, and all values."""
+def _command(
+    doc: str, flags: dict[str, tuple[Any, Any, str]], work: Callable[[dict[str, Any]], Any], kind: str = "recipe"
+) -> Any:
+    """A function of a recipe's (or study's) name and of flags for cyclopts; ``work`` gets those that were given."""
 
-    def command(recipe: str, /, **values: Any) -> Any:
+    def command(name: str, /, **values: Any) -> Any:
         return work(values)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
-    first = inspect.Parameter("recipe", inspect.Parameter.POSITIONAL_ONLY, annotation=str)
+    first = inspect.Parameter(kind, inspect.Parameter.POSITIONAL_ONLY, annotation=str)
     parameters = [inspect.Parameter(n, keyword, annotation=_aliased(n, t), default=d) for n, (t, d, _) in flags.items()]
     command.__signature__ = inspect.Signature([first, *parameters])  # type: ignore[attr-defined]
-    command.__annotations__ = {"recipe": str} | {p.name: p.annotation for p in parameters}
+    command.__annotations__ = {kind: str} | {p.name: p.annotation for p in parameters}
     lines = "\n".join(f"    {n}: {text}" for n, (_, _, text) in flags.items())
-    command.__doc__ = f"{doc}\n\nArgs:\n    recipe: a recipe's name, or file.py:function.\n{lines}\n"
+    command.__doc__ = f"{doc}\n\nArgs:\n    {kind}: its name, or file.py:function.\n{lines}\n"
     return command
 
 
@@ -207,14 +212,20 @@ def _train_command(name: str) -> Any:
         "code": (Path | None, None, "the Python file of a teacher's network that is not Histill's."),
     }
     flags = _merged(_common(), _signature(function), extra)
+    if "teacher" in flags:
+        flags["weighting"] = (
+            Literal["mean", "confidence"],
+            "mean",
+            "of several teachers: the mean of their probabilities, or by each one's confidence in the image's label.",
+        )
     return _command(f"Run one experiment: {name}.", flags, lambda values: _train(name, function, flags, values))
 
 
 def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str, Any]) -> None:
     from histill.data import read_unlabelled
-    from histill.distill import check_unseen
+    from histill.distill import open_teachers
+    from histill.experiment import plain
     from histill.loop import train
-    from histill.run import Run
 
     given = values
     values = {n: d for n, (_, d, _) in flags.items()} | given
@@ -232,12 +243,12 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
         _check_free(out)
     if values["data"] is None:
         raise BadInput("--data: give a folder of class folders or a CSV manifest")
-    record = {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if n != "resume"}
+    record = {n: plain(v) for n, v in values.items() if n != "resume"}
     own = {n: values.pop(n) for n in (*_SPLIT, "data", "device", "precision", "resume", "logger", "compile", "code")}
     images = _images(own | {"seed": values.get("seed", 0)})
+    weighting = values.pop("weighting", "mean")
     if values.get("teacher"):
-        values["teacher"] = Run.open(values["teacher"], code=own["code"])
-        check_unseen(values["teacher"], images)
+        values["teacher"] = open_teachers(values["teacher"], images, weighting=weighting, code=own["code"])
     if values.get("unlabelled"):
         values["unlabelled"] = read_unlabelled(values["unlabelled"])
     experiment = function(data=images, **values)
@@ -257,8 +268,10 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
 
 def _agreed(given: dict[str, Any], values: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
     """The recorded arguments; one given beside them must agree."""
+    from histill.experiment import plain
+
     for name, value in given.items():
-        said = str(value) if isinstance(value, Path) else value
+        said = plain(value)
         if name in recorded and said != recorded[name]:
             raise BadInput(
                 f"--{name.replace('_', '-')} {said} differs from the run's {recorded[name]}; --resume needs --out alone"
@@ -356,14 +369,15 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
 
 
 def summary_lines(summary: dict[str, Any]) -> str:
-    from histill.evaluate.report import difference, share
+    from histill.evaluate.report import shown, shown_gain
 
-    shown = ("accuracy", "balanced_accuracy", "auroc")
-    lines = [f"{'test':20}" + "".join(f"{m.replace('_', ' '):28}" for m in shown)]
+    names = ("accuracy", "balanced_accuracy", "auroc")
+    lines = [f"{'test':20}" + "".join(f"{n.replace('_', ' '):28}" for n in names)]
     for role in ("teacher", "student_alone", "student_distilled"):
-        lines.append(f"{role.replace('_', ' '):20}" + "".join(f"{share(summary['test'][role][m]):28}" for m in shown))
+        found = summary["test"][role]
+        lines.append(f"{role.replace('_', ' '):20}" + "".join(f"{shown(n, found[n]):28}" for n in names))
     gain = summary["test"]["gain"]
-    lines.append(f"{'gain':20}" + "".join(f"{difference(gain[m]):28}" for m in shown))
+    lines.append(f"{'gain':20}" + "".join(f"{shown_gain(n, gain[n]):28}" for n in names))
     return "\n".join(lines)
 
 
@@ -371,7 +385,7 @@ def _study_command(name: str) -> Any:
     from histill.experiment import load_study
 
     function = load_study(name)
-    flags = _merged(_common("data", "out", *_SPLIT, "device", "precision"), _signature(function))
+    flags = _merged(_common("data", "out", *_SPLIT, "device", "precision"), _signature(function, {}))
     first = inspect.getdoc(function) or name
 
     def work(values: dict[str, Any]) -> None:
@@ -382,4 +396,4 @@ def _study_command(name: str) -> Any:
         values = {n: v for n, v in values.items() if n not in (*_SPLIT, "data")}
         print(function(images, **values))  # noqa: T201
 
-    return _command(first.splitlines()[0], flags, work)
+    return _command(first.splitlines()[0], flags, work, "study")

@@ -29,7 +29,7 @@ from histill.evaluate.metrics import Scores, metrics
 from histill.evaluate.predict import predict_rows
 from histill.experiment import Experiment
 from histill.files import atomic, cache_dir, digest, locked, read_json, sweep, write_json, writing
-from histill.machine import launch
+from histill.machine import launch, logged
 from histill.progress import Bar, notice, progress
 from histill.record import check_finished, check_same, describe, record
 from histill.run import Run, without_weights
@@ -117,7 +117,8 @@ def train(
         if before is None or before["status"] != "finished":
             if fabric.is_global_zero:
                 sweep(out)
-            _train(experiment, out, before, fabric, compile, keep_checkpoint, checkpoint_seconds, command)
+            with logged(fabric):
+                _train(experiment, out, before, fabric, compile, keep_checkpoint, checkpoint_seconds, command)
         else:
             check_finished(before, experiment, out)
         fabric.barrier()
@@ -167,10 +168,11 @@ def _train(
         if saved := _load(checkpoint, fabric.device):
             learner.load_state_dict(saved["learner"])
             optimizer.load_state_dict(saved["optimizer"])
+            fabric._precision.load_state_dict(saved["precision"])
             state, best = State(**saved["state"]), saved["best"]
             if average:
                 average.network.load_state_dict(saved["average"])
-    teacher = _teacher(experiment, packed)
+    teacher = _teacher(experiment, packed, fabric.device)
     if fabric.is_global_zero:
         if experiment.teacher is not None and len(rows["val"]):
             info["teacher"] |= _judge_teacher(experiment.teacher, experiment, packed, rows["val"], fabric)
@@ -183,6 +185,7 @@ def _train(
         if fabric.is_global_zero:
             everything = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict()}
             everything |= {"state": asdict(state), "best": best}
+            everything |= {"precision": fabric._precision.state_dict()}  # of 16-mixed: how far the loss is scaled up
             everything |= {"average": average.network.state_dict()} if average else {}
             with writing(checkpoint) as temporary:
                 torch.save(everything, temporary)
@@ -382,7 +385,8 @@ def _judge_teacher(
     teacher = getattr(teacher, "teacher", teacher) if isinstance(teacher, Cached) else teacher
     said = []
     for start in range(0, len(val), 64):
-        outputs = teacher(packed.batch(val[start : start + 64], device=fabric.device))
+        batch = packed.batch(val[start : start + 64], device=fabric.device)
+        outputs = teacher(batch._replace(labels=torch.full_like(batch.labels, -1)))  # it may use those of training
         if "logits" not in outputs or outputs["logits"].shape[1:] != (len(experiment.data.classes),):
             return {}
         said.append(outputs["logits"].double().cpu().numpy())
@@ -395,8 +399,11 @@ def _judge_teacher(
     return {"validation": {name: value if math.isfinite(value) else None for name, value in figures.items()}}
 
 
-def _teacher(experiment: Experiment, packed: Packed) -> Teacher | None:
-    """The teacher behind a cache, where its views come again."""
+def _teacher(experiment: Experiment, packed: Packed, device: torch.device) -> Teacher | None:
+    """The teacher behind a cache, where its views come again.
+
+    Part of the key is the kind of device, as on CUDA a teacher answers in bf16.
+    """
     teacher, views = experiment.teacher, experiment.views
     if teacher is None or not experiment.cache or views is None or views >= experiment.epochs:
         return teacher
@@ -404,7 +411,8 @@ def _teacher(experiment: Experiment, packed: Packed) -> Teacher | None:
         return teacher
     identity = {
         "image_size": experiment.image_size,
-        "data": digest(packed.images.frame["content"].tolist()),
+        "device": device.type,
+        "data": digest(packed.images.frame[["content", "label"]].values.tolist()),
         **experiment.augment.key(experiment.seed),
     }
     images, outputs = len(packed.images), experiment.cache_outputs
@@ -450,13 +458,19 @@ def _finish(
     """Leave the run folder whole: weights, predictions, figures, page, and last of all the word that it is finished."""
     from histill.evaluate.finish import finish, predictions
 
+    rows_judged = np.concatenate([rows["val"], rows["test"]])
+
+    def judge(file: str) -> None:
+        said = predict_rows(judged, packed, rows_judged, device=fabric.device)
+        with atomic(out / file) as temporary:
+            predictions(packed.images, rows_judged, said).to_parquet(temporary, index=False)
+
+    if experiment.select != "last":
+        judge("last.parquet")
     with writing(out / "model.safetensors") as temporary:
         save_file({k: v.contiguous() for k, v in best.items()}, temporary)
     judged.load_state_dict(best)
-    rows_judged = np.concatenate([rows["val"], rows["test"]])
-    said = predict_rows(judged, packed, rows_judged, device=fabric.device)
-    with atomic(out / "predictions.parquet") as temporary:
-        predictions(packed.images, rows_judged, said).to_parquet(temporary, index=False)
+    judge("predictions.parquet")
     info["selection"] |= {
         "epoch": state.best_epoch,
         "value": state.best if abs(state.best) < math.inf else None,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
+from lightning_fabric.strategies import DDPStrategy
 
 from histill.errors import BadInput, require
 
-__all__ = ["computes_bf16", "launch"]
+__all__ = ["computes_bf16", "find_device", "launch", "logged"]
 
 
 def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fabric:
@@ -21,23 +23,18 @@ def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fa
     Raises:
         BadInput: no such device, precision or logger here.
     """
-    device, _, index = device.partition(":")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device not in ("cpu", "cuda", "mps") or (index and not (device == "cuda" and index.isdigit())):
-        raise BadInput(f"--device {device}: one of auto, cpu, cuda, cuda:1, mps")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch sees no CUDA device here; use --device cpu")
+    found = find_device(device)
     if precision == "auto":
-        precision = "bf16-mixed" if computes_bf16(device) else "32-true"
+        precision = "bf16-mixed" if computes_bf16(found.type) else "32-true"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         fabric = Fabric(
-            accelerator=device,
-            devices=[int(index)] if index and device == "cuda" and world == 1 else local,
+            accelerator=found.type,
+            devices=local if found.index is None or world > 1 else [found.index],
             num_nodes=max(1, world // local),
-            strategy="ddp" if world > 1 else "auto",
+            # An objective may leave weights of the student unused, and DDP must be told to look for them.
+            strategy=DDPStrategy(find_unused_parameters=True) if world > 1 else "auto",
             precision=precision,
             loggers=[_logger(name, out) for name in loggers],
         )
@@ -47,11 +44,46 @@ def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fa
     return fabric
 
 
+def find_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` stands for; ``auto`` is the fastest there is.
+
+    Raises:
+        BadInput: another name, or no such device here.
+    """
+    kind, _, index = name.partition(":")
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):
+        raise BadInput(f"--device {name}: one of auto, cpu, cuda, cuda:1, mps")
+    if kind == "cuda" and int(index or 0) >= (found := torch.cuda.device_count()):
+        raise BadInput(f"--device {name}: torch sees {found or 'no'} CUDA devices here; use --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise BadInput("--device mps: torch sees no such device here; use --device cpu")
+    return torch.device(kind, int(index)) if index else torch.device(kind)
+
+
 def computes_bf16(device: str) -> bool:
     """Whether bf16 is computed, not emulated: without AVX-512 BF16 or AMX it is many times slower than float32."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@contextmanager
+def logged(fabric: Fabric) -> Iterator[None]:
+    """Close the loggers when the block ends and tell them how; a further run of this process then gets its own."""
+    status, server = "failed", os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        yield
+        status = "success"
+    finally:
+        for logger in fabric.loggers:
+            logger.finalize(status)
+            finish = getattr(getattr(logger, "_experiment", None), "finish", None)
+            if finish is not None:  # of W&B, whose logger leaves its run open for the next one to write into
+                finish(exit_code=int(status != "success"))
+        if server is None:  # MLflow has set it to the database of this run, for whatever follows
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def _logger(name: str, out: Path) -> Logger:
@@ -62,6 +94,8 @@ def _logger(name: str, out: Path) -> Logger:
         return TensorBoardLogger(root_dir=out, name="tensorboard", version="")
     if name in ("mlflow", "wandb"):
         require(name, "tracking")
+        import histill.models._torchvision  # noqa: F401 - Lightning imports torchvision
+
         made = require("pytorch_lightning.loggers", "tracking")
         if name == "mlflow":
             # MLflow has given up its folder of files; without a server it keeps a database, here in the run.

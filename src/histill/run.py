@@ -96,11 +96,12 @@ class Run:
     @property
     def predictions(self) -> pd.DataFrame:
         """A row per image of validation and test; `BadInput` where they are missing or damaged."""
-        file = self.path / "predictions.parquet"
-        try:
-            return pd.read_parquet(file)
-        except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-            raise BadInput(f"{file}: not readable predictions ({str(error).splitlines()[0]})") from None
+        return _read(self.path / "predictions.parquet")
+
+    @property
+    def last(self) -> pd.DataFrame:
+        """The same of the last epoch's weights, which are the run's own where none were chosen."""
+        return self.predictions if self.info["select"] == "last" else _read(self.path / "last.parquet")
 
     def network(self) -> nn.Module:
         """The student with its best-on-validation weights, in eval mode on the CPU.
@@ -123,6 +124,13 @@ class Run:
         except Exception as error:  # noqa: BLE001 - safetensors and torch raise many kinds
             raise BadInput(f"{file}: does not fit the network of run.json ({str(error).splitlines()[0]})") from None
         return network.eval()
+
+
+def _read(file: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(file)
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+        raise BadInput(f"{file}: not readable predictions ({str(error).splitlines()[0]})") from None
 
 
 def without_weights(build: functools.partial[nn.Module]) -> functools.partial[nn.Module]:

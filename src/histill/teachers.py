@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,11 +42,14 @@ class Frozen:
         image_size: the size in pixels at which it looks (None: the student's). The view is drawn anew at that size,
             not resized from the student's.
         key: names the weights; computed from them where it is not given.
+        path: where they lie, for the record.
     """
 
-    def __init__(self, network: nn.Module, *, image_size: int | None = None, key: str | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, *, image_size: int | None = None, key: str | None = None, path: Path | None = None
+    ) -> None:
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.image_size = image_size
+        self.image_size, self.path = image_size, path
         self.key = f"{key or weights_digest(network)}@{image_size or 'same'}"
 
     def __call__(self, batch: Batch) -> Outputs:
@@ -62,20 +65,38 @@ class Frozen:
 
 
 class Ensemble:
-    """Several teachers as one: ``logits`` is the log of the mean of their probabilities.
+    """Several teachers as one: ``logits`` is the log of the weighted mean of their probabilities.
 
     The mean of probabilities is the mixture that the ensemble stands for; its logarithm is a valid logit.
+
+    Args:
+        teachers: two or more, in any order that stays.
+        weighting: ``"mean"``, or ``"confidence"``: for each image teacher k of K has the weight
+            ``(1 - exp(CE_k) / sum_j exp(CE_j)) / (K - 1)``, CE_k its cross-entropy with the label (CA-MKD, Zhang et
+            al. 2022, with its soft targets mixed before the temperature). An image without a label has the mean.
     """
 
-    def __init__(self, teachers: Sequence[Keyed]) -> None:
+    def __init__(self, teachers: Sequence[Keyed], weighting: Literal["mean", "confidence"] = "mean") -> None:
         if not teachers:
             raise BadInput("an ensemble needs at least one teacher")
-        self.teachers = tuple(teachers)
-        self.key = digest(["ensemble", *(t.key for t in teachers)])
+        if weighting not in ("mean", "confidence"):
+            raise BadInput(f"weighting {weighting!r}: mean or confidence")
+        self.teachers, self.weighting = tuple(teachers), weighting
+        self.key = digest(["ensemble", weighting, *(t.key for t in teachers)])
+        self.path = " + ".join(str(getattr(t, "path", None) or t.key) for t in teachers)
 
     def __call__(self, batch: Batch) -> Outputs:
-        said = [teacher(batch)["logits"].log_softmax(1) for teacher in self.teachers]
-        return Outputs(logits=torch.logsumexp(torch.stack(said), 0) - np.log(len(said)))
+        log_p = torch.stack([teacher(batch)["logits"].log_softmax(1) for teacher in self.teachers])  # (K, B, C)
+        return Outputs(logits=torch.logsumexp(self._weights(log_p, batch.labels).log()[:, :, None] + log_p, 0))
+
+    def _weights(self, log_p: Tensor, labels: Tensor) -> Tensor:
+        """``(K, B)``, the sum over the teachers being 1."""
+        even = torch.full(log_p.shape[:2], 1 / len(log_p), device=log_p.device)
+        if self.weighting == "mean" or len(log_p) == 1:
+            return even
+        of_label = labels.clamp(min=0)[None, :, None].expand(len(log_p), -1, 1)
+        error = -log_p.gather(2, of_label).squeeze(2)
+        return torch.where(labels >= 0, (1 - error.softmax(0)) / (len(log_p) - 1), even)
 
 
 class Cached:
@@ -228,7 +249,7 @@ def as_teacher(teacher: Run | Keyed, classes: Sequence[str]) -> Keyed:
         raise BadInput(
             f"{teacher.path} was trained on the classes {', '.join(teacher.classes)}, the data has {', '.join(classes)}"
         )
-    return Frozen(teacher.network(), image_size=teacher.image_size)
+    return Frozen(teacher.network(), image_size=teacher.image_size, path=teacher.path)
 
 
 def weights_digest(network: nn.Module) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from histill.data.decode import decode
-from histill.data.images import Images, few
+from histill.data.images import Images, few, of_each
 from histill.errors import BadInput
 from histill.files import atomic, write_json
 from histill.progress import progress
@@ -59,11 +58,7 @@ def check(images: Images, out: Path | None = None) -> Check:
         images: a table with or without splits.
         out: a folder for ``check.json`` and the contact sheet ``images.png``.
     """
-    with progress("looking", len(images)) as bar, ThreadPoolExecutor() as pool:
-        looks = []
-        for look in pool.map(_look, images.paths()):
-            looks.append(look)
-            bar.advance()
+    looks = list(of_each(images.paths(), _look, "looking"))
     frame = pd.concat([images.frame, pd.DataFrame(looks, index=images.frame.index)], axis=1)
     readable = frame[frame["error"] == ""]
     if not len(readable):
@@ -108,7 +103,7 @@ def check(images: Images, out: Path | None = None) -> Check:
 def _look(path: Path) -> dict[str, Any]:
     try:
         picture, mode = decode(path)
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         return {"error": str(error), "mode": "", "width": 0, "height": 0, "pixels": "", "dhash": None}
     grey = np.asarray(picture.convert("L").resize((17, 16), Image.Resampling.BOX), dtype=np.int16)
     bits = np.packbits(grey[:, 1:] > grey[:, :-1])

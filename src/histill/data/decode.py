@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,10 @@ EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp
 MAX_PIXELS = 2 * 89_478_485
 """Larger pictures are refused, as Pillow does: a slide belongs to the slide reader, a decompression bomb nowhere."""
 
+# Errors that are the file's own fault: Pillow's have no number, and a damaged file may make it seek to where no
+# file goes. Any other is the machine's trouble: too many open files, a disk or a share that does not answer.
+_DAMAGE = (None, errno.EINVAL, errno.EOVERFLOW, errno.EISDIR)
+
 # Pillow warns of large pictures and odd tags. Set once: `warnings.catch_warnings` is not safe among threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -29,6 +34,7 @@ def decode(path: Path) -> tuple[Image.Image, str]:
 
     Raises:
         BadInput: the file is missing, damaged, no image or larger than `MAX_PIXELS`; one line with the path.
+        OSError: the file cannot be read just now, whatever is in it.
     """
     try:
         with Image.open(path) as picture:
@@ -40,7 +46,11 @@ def decode(path: Path) -> tuple[Image.Image, str]:
         raise BadInput(f"{path}: not an image of a known kind") from None
     except Image.DecompressionBombError:
         raise BadInput(f"{path}: more than {MAX_PIXELS:,} pixels; cut it into tiles") from None
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise whatever the damage leads to
+        if isinstance(error, OSError) and error.errno not in _DAMAGE:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise BadInput(f"{path}: not a readable image ({error})") from None
 
 

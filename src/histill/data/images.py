@@ -6,10 +6,11 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 
@@ -18,11 +19,15 @@ from histill.errors import BadInput
 from histill.files import atomic, digest, file_digest
 from histill.progress import progress
 
-__all__ = ["SPLITS", "UNLABELLED", "Images", "few", "read_images", "read_unlabelled"]
+__all__ = ["SPLITS", "UNLABELLED", "Images", "few", "images_below", "of_each", "read_images", "read_unlabelled"]
+
+T = TypeVar("T")
 
 SPLITS = ("train", "val", "test")
 UNLABELLED = ""
 """The label of an image that has none."""
+
+_CHUNK = 256
 
 COLUMNS = ("path", "label", "patient", "split", "mask", "site", "content")
 _SPLIT_NAMES = {
@@ -111,7 +116,7 @@ class Images:
             return cls(frame[list(COLUMNS)], Path(header["root"]), tuple(header["classes"]))
         except FileNotFoundError:
             raise BadInput(f"{path} does not exist") from None
-        except (ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise BadInput(f"{path}: not a table of images ({' '.join(str(error).split())})") from None
 
 
@@ -120,6 +125,15 @@ def few(names: Iterable[object], most: int = 5) -> str:
     listed = [str(name) for name in names]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
+
+
+def of_each(paths: Sequence[Path], function: Callable[[Path], T], what: str) -> Iterator[T]:
+    """``function`` of each path, in order, by threads and under a bar; 256 at a time, however many there are."""
+    with progress(what, len(paths)) as bar, ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), _CHUNK):
+            for result in pool.map(function, paths[start : start + _CHUNK]):
+                yield result
+                bar.advance()
 
 
 def read_images(source: str | Path, *, patient: str | None = None) -> Images:
@@ -178,7 +192,7 @@ def read_unlabelled(folder: str | Path) -> Images:
     root = Path(folder)
     if not root.is_dir():
         raise BadInput(f"--unlabelled {root}: no such folder")
-    paths = _images_below(root)
+    paths = images_below(root)
     if not paths:
         raise BadInput(f"--unlabelled {root}: no images in it")
     frame = _frame(path=[p.relative_to(root).as_posix() for p in paths], label=UNLABELLED, split="train")
@@ -216,7 +230,8 @@ def _frame(**columns: Sequence[str] | str) -> pd.DataFrame:
     return frame
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
+    """Every file below ``folder`` that is called like an image, links followed, hidden ones left out."""
     found = (Path(base) / name for base, _, names in os.walk(folder, followlinks=True) for name in names)
     paths = sorted(p for p in found if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
     if odd := [ascii(str(p)) for p in paths if any("\ud800" <= c <= "\udfff" for c in str(p))]:
@@ -245,7 +260,7 @@ def _from_folder(folder: Path) -> pd.DataFrame:
     )
     rows: list[tuple[str, str, str]] = []
     for split, class_folder in groups:
-        found = _images_below(class_folder)
+        found = images_below(class_folder)
         if not found:
             raise BadInput(
                 f"{class_folder}: empty class folder (no {', '.join(sorted(EXTENSIONS))} in it); fill it or remove it"
@@ -317,12 +332,7 @@ def _patients(paths: pd.Series[str], pattern: str) -> list[str]:
 def _contents(paths: list[Path]) -> list[str]:
     if missing := [p for p in paths if not os.path.isfile(p)]:  # noqa: PTH113 - raises for no name at all
         raise BadInput(f"{len(missing)} images do not exist: {few(missing)}")
-    with progress("hashing", len(paths)) as bar, ThreadPoolExecutor() as pool:
-        contents = []
-        for content in pool.map(file_digest, paths):
-            contents.append(content)
-            bar.advance()
-    return contents
+    return list(of_each(paths, file_digest, "hashing"))
 
 
 def _check_labels(frame: pd.DataFrame, source: Path) -> None:

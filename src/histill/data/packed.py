@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,17 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from histill.data.decode import decode, square
-from histill.data.images import Images, check_leaks, few
+from histill.data.images import Images, check_leaks, few, of_each
 from histill.data.views import NONE, Augment, render
 from histill.errors import BadInput, Failed
 from histill.files import cache_dir, digest, locked, read_json, write_json
-from histill.progress import progress
 from histill.types import Batch
 
 __all__ = ["Packed", "pack"]
 
 _VERSION = 1
-_CHUNK = 256
 _SMALL = 16
 
 
@@ -89,7 +86,7 @@ def pack(images: Images, size: int, *, strict: bool = False, folder: Path | None
     Raises:
         BadInput: no readable image left, one class or split lost, ``strict`` and an unreadable image, or one picture
             in two splits (equal pixels in files that differ).
-        Failed: the disk is full.
+        Failed: the disk is full, or an image cannot be read for a reason that is not in the image.
     """
     key = digest([_VERSION, size, images.frame["content"].tolist()])[:24]
     home = (folder or cache_dir("packed")) / key
@@ -125,15 +122,12 @@ def _fill(images: Images, size: int, home: Path) -> None:
     index: dict[str, list[str]] = {"pixels": [], "error": [], "mode": [], "small": []}
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), size, size, 3)}
     try:
-        with pixels.open("wb") as file, progress("decoding", len(paths)) as bar, ThreadPoolExecutor() as pool:
+        with pixels.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for start in range(0, len(paths), _CHUNK):
-                chunk = paths[start : start + _CHUNK]
-                for picture, entry in pool.map(lambda path: _decode(path, size), chunk):
-                    file.write(picture.tobytes())
-                    for name, value in entry.items():
-                        index[name].append(value)
-                bar.advance(len(chunk))
+            for picture, entry in of_each(paths, partial(_decode, size=size), "decoding"):
+                file.write(picture.tobytes())
+                for name, value in entry.items():
+                    index[name].append(value)
     except BaseException:
         pixels.unlink(missing_ok=True)
         raise
@@ -144,12 +138,11 @@ def _decode(path: Path, size: int) -> tuple[NDArray[np.uint8], dict[str, str]]:
     try:
         picture, mode = decode(path)
     except BadInput as error:
-        return np.zeros((size, size, 3), np.uint8), {
-            "pixels": "",
-            "error": str(error),
-            "mode": "",
-            "small": "",
-        }
+        if not path.exists():  # gone since it was hashed: that is not of its content, which the pack is known by
+            raise
+        return np.zeros((size, size, 3), np.uint8), {"pixels": "", "error": str(error), "mode": "", "small": ""}
+    except OSError as error:
+        raise Failed(f"{path} cannot be read just now ({error.strerror}); nothing was kept, so try again") from None
     small = f"{picture.width}x{picture.height}" if min(picture.size) < _SMALL else ""
     content = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
     return square(picture, size), {"pixels": content, "error": "", "mode": mode, "small": small}

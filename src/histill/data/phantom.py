@@ -11,7 +11,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +102,6 @@ def write_images(
     difficulty: float = 0.5,
     masks: bool = False,
     unlabelled: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a data set of phantom images.
 
@@ -121,7 +120,6 @@ def write_images(
         difficulty: see `draw`.
         masks: whether to write nuclei.
         unlabelled: how many images to write without label.
-        progress: called with (images written, images in all).
 
     Returns:
         The manifest's path.
@@ -141,7 +139,6 @@ def write_images(
         )
     rng = np.random.Generator(np.random.Philox(new_key(3, seed)))
     place = rng.permutation(patients)  # a patient's place in the balanced design, which says kind and scanner
-    total = patients * images_per_patient + unlabelled
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
@@ -163,8 +160,6 @@ def write_images(
                     Image.fromarray(phantom.nuclei).save(temporary / "masks" / name)
                     row.append(f"masks/{name}")
                 rows.append(row)
-                if progress:
-                    progress(len(rows), total)
         for i in range(unlabelled):
             phantom = draw(
                 kinds[int(rng.integers(len(kinds)))],
@@ -176,8 +171,6 @@ def write_images(
                 difficulty=difficulty,
             )
             Image.fromarray(phantom.image).save(temporary / "unlabelled" / f"u{i:05d}.png", compress_level=1)
-            if progress:
-                progress(len(rows) + i + 1, total)
         with (temporary / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["path", "label", "patient", "site"] + ["mask"] * masks)

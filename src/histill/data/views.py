@@ -7,6 +7,7 @@ student see the same picture, and what a teacher said of a view can be kept (`hi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ __all__ = ["Augment", "render", "uniform"]
 class Augment:
     """What a view may change; each strength is the half-width of a uniform draw, 0 leaves it alone.
 
+    With ``subset`` below 1 a view is a random combination: each operation is applied or left out by a draw of its own.
+
     Attributes:
         hflip: mirror left and right in half of the views.
         vflip: mirror top and bottom in half of the views.
@@ -32,6 +35,11 @@ class Augment:
         contrast: factor 1 +- contrast on the distance from the picture's mean.
         saturation: factor 1 +- saturation on the distance from grey.
         hue: factor 1 +- hue on each of R, G and B, as another stain or lamp would.
+        edges: probability that the picture is mixed half and half with its contours, dark on white.
+        blur: Gaussian smoothing, its standard deviation drawn between 0 and blur, as a share of the width.
+        noise: Gaussian noise, its standard deviation drawn between 0 and noise; at another size it is other noise.
+        subset: probability that each of rotate to hue, blur and noise is applied to a view; flips and edges have
+            their own.
     """
 
     hflip: bool = True
@@ -43,6 +51,10 @@ class Augment:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
+    edges: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+    subset: float = 1.0
 
     def key(self, seed: int) -> dict[str, float]:
         """What a cache of these views is keyed by."""
@@ -52,7 +64,11 @@ class Augment:
 NONE = Augment(hflip=False, vflip=False)
 """The image itself."""
 
-_DRAWS = 12
+_DRAWS = 24
+"""0-1 flips, 2-11 strengths of rotate to hue, 12-18 whether they are applied, 19-20 blur, 21-22 noise, 23 edges."""
+
+_GATES = (12, 13, 14, 14, 15, 16, 17, 18, 18, 18)
+"""For each of 2-11 the draw that says whether it is applied: both of shift, all three of hue together."""
 
 
 def uniform(seed: int, ids: Tensor, views: Tensor, draws: int = _DRAWS) -> NDArray[np.float64]:
@@ -62,11 +78,17 @@ def uniform(seed: int, ids: Tensor, views: Tensor, draws: int = _DRAWS) -> NDArr
     batch needs no state and its composition does not matter.
     """
     with np.errstate(over="ignore"):
+        bits = _mix(_keys(seed, ids, views)[:, None] + np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _keys(seed: int, ids: Tensor, views: Tensor) -> NDArray[np.uint64]:
+    """``(B,)`` numbers that name the views."""
+    with np.errstate(over="ignore"):
         key = np.full(len(ids), seed, dtype=np.uint64)
         for part in (ids.cpu().numpy(), views.cpu().numpy()):
             key = _mix(key ^ _mix(part.astype(np.uint64) + _GOLDEN))
-        bits = _mix(key[:, None] + np.arange(1, draws + 1, dtype=np.uint64) * _GOLDEN)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return key
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -93,12 +115,24 @@ def render(pixels: Tensor, ids: Tensor, views: Tensor, *, augment: Augment, seed
     """
     images = pixels.permute(0, 3, 1, 2).float().div(255)
     u = torch.from_numpy(uniform(seed, ids, views)).to(images)
+    u[:, 2:12] = torch.where(u[:, _GATES] < augment.subset, u[:, 2:12], 0.5)  # the middle of a draw changes nothing
     if augment.rotate or augment.zoom or augment.shift:
         images = _move(images, u[:, :6], augment)
     else:
         images = _flip(images, u, augment)
     if augment.brightness or augment.contrast or augment.saturation or augment.hue:
-        images = _colour(images, u[:, 6:], augment)
+        images = _colour(images, u[:, 6:12], augment)
+    # These take time, and are done to those views alone that have them.
+    if (some := u[:, 23] < augment.edges).any():
+        images[some] = (images[some] + _contours(images[some])) / 2
+    blur = images.shape[-1] * augment.blur * u[:, 19] * (u[:, 20] < augment.subset)
+    if (some := blur > 0).any():
+        images[some] = _blurred(images[some], blur[some], math.ceil(2.5 * images.shape[-1] * augment.blur))
+    noise = augment.noise * u[:, 21] * (u[:, 22] < augment.subset)
+    if (some := noise > 0).any():
+        keys = torch.from_numpy(_keys(seed, ids, views).view(np.int64)).to(images.device)
+        field = _normal(keys[some], images.shape[1:])
+        images[some] = (images[some] + noise[some, None, None, None] * field).clamp(0, 1)
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -140,3 +174,55 @@ def _colour(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
     grey = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
     coloured: Tensor = grey + (images - grey) * saturation
     return coloured.clamp(0, 1)
+
+
+def _contours(images: Tensor) -> Tensor:
+    """Where the grey picture changes, dark on white: ``1 - |gradient|`` with Sobel's operator, a step of 1 being black.
+
+    ``(B, 3, H, W) -> (B, 1, H, W)``.
+    """
+    grey = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    rows = F.pad(grey, (1, 1, 1, 1), mode="replicate")
+    sides = rows[:, :, :-2] + 2 * rows[:, :, 1:-1] + rows[:, :, 2:]  # (B, 1, H, W + 2)
+    levels = rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]  # (B, 1, H + 2, W)
+    x, y = sides[..., 2:] - sides[..., :-2], levels[:, :, 2:] - levels[:, :, :-2]
+    return (1 - (x * x + y * y).sqrt() / 4).clamp(0, 1)
+
+
+def _blurred(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Smooth each picture with a Gaussian of its own ``sigma`` in pixels, cut off at ``radius``.
+
+    Sums of shifted pictures, an element at a time: the bits of a convolution can depend on the batch.
+    """
+    offsets = range(-radius, radius + 1)
+    weights = [torch.exp(-((k / sigma.clamp_min(1e-3)) ** 2) / 2)[:, None, None, None] for k in offsets]
+    whole = sum(weights)
+    for dim, margin in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
+        padded, size = F.pad(images, margin, mode="replicate"), images.shape[dim]
+        images = sum(w * padded.narrow(dim, k, size) for k, w in enumerate(weights)) / whole  # type: ignore[assignment]
+    return images
+
+
+def _normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """``(B, *shape)`` near-normal numbers of mean 0 and variance 1, each a function of its key and place.
+
+    The sum of the four 16-bit quarters of a hash, which is normal but for its tails (none beyond 3.5): integers, so
+    that the bits are the same on every machine.
+    """
+    places = torch.arange(1, math.prod(shape) + 1, device=keys.device) + 2**32  # apart from those of `uniform`
+    bits = _mixed(keys[:, None] + places * _signed(_GOLDEN))
+    mask = 0xFFFF
+    quarters = (bits & mask) + (bits >> 16 & mask) + (bits >> 32 & mask) + (bits >> 48 & mask)
+    return ((quarters - 2 * 65535) / math.sqrt((65536**2 - 1) / 3)).view(-1, *shape)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """`_mix` of int64, on any device."""
+    x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & (1 << 33) - 1)
+
+
+def _signed(word: int | np.uint64) -> int:
+    """The int64 of the same bits."""
+    return int(np.uint64(word).view(np.int64))

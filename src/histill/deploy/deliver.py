@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 
 from histill.data.decode import load
 from histill.data.images import Images
+from histill.deploy.early_exit import open_exits, to_exits
 from histill.deploy.formats import check_parity, to_onnx, to_qupath, to_torchscript
-from histill.deploy.predictor import Predictor, TorchPredictor, open_model
+from histill.deploy.predictor import Leaving, Predictor, TorchPredictor, open_model
 from histill.deploy.quantize import quantize
 from histill.deploy.timing import efficiency, latency, peak_memory
-from histill.errors import BadInput
+from histill.errors import BadInput, Failed
+from histill.evaluate.early_exit import early_exit as early_exit_of
+from histill.machine import find_device
 from histill.progress import notice, progress
 from histill.run import Run
 
@@ -47,6 +50,9 @@ class Exported:
             line = f"{found['path']}: logits within {found['max_abs_diff']:.2g} of the run's"
             if "accuracy_lost" in found:
                 line += f", test accuracy {100 * found['accuracy']:.1f} % ({-100 * found['accuracy_lost']:+.1f} points)"
+            if "macs" in found:
+                mean, whole = (found["macs"][key] / 1e6 for key in ("mean", "whole"))
+                line += f", {mean:,.1f} of {whole:,.1f} million multiply-accumulates per image"
             said.append(line)
         return said
 
@@ -57,6 +63,7 @@ def export(
     *,
     format: Literal["onnx", "torchscript", "qupath"] = "onnx",
     int8: bool = False,
+    early_exit: float | None = None,
     mpp: float | None = None,
     code: Path | None = None,
 ) -> Exported:
@@ -64,28 +71,33 @@ def export(
 
     Args:
         run: a run or its folder.
-        out: the file or folder to write (default: ``model.onnx``, ``model.pt`` or ``qupath/`` in the run).
+        out: the file or folder to write (default: ``model.onnx``, ``model.pt``, ``qupath/`` or ``exits/`` in the run).
         format: ``onnx``, ``torchscript``, or ``qupath``: the folder that QuPath's WSInfer extension loads.
         int8: also a static int8 ONNX file beside the other, calibrated on validation images.
+        early_exit: of a network with exits, an ONNX file per exit segment, and the threshold at which an image leaves:
+            the lowest that loses at most this share of accuracy on validation (`histill.evaluate.early_exit`).
         mpp: microns per pixel of the images that the network was trained on; ``qupath`` needs it.
         code: the Python file of a network that is not Histill's.
 
     Raises:
-        BadInput: no finished run, ``qupath`` without ``mpp``, ``int8`` of another format than ``onnx``.
+        BadInput: no finished run, ``qupath`` without ``mpp``, ``int8`` of another format than ``onnx``, ``early_exit``
+            of a network without exits or with another format or int8.
         Failed: the logits differ from the run's by more than 1e-3; the file is
             removed.
     """
     run = run if isinstance(run, Run) else Run.open(run, code=code)
     if int8 and format != "onnx":
         raise BadInput("--int8 goes with --format onnx")
+    if early_exit is not None:
+        if int8 or format != "onnx":
+            raise BadInput("--early-exit goes with --format onnx and without --int8")
+        return Exported({"exits": _export_exits(run, Path(out or run.path / "exits"), early_exit, mpp)})
     names = {"onnx": "model.onnx", "torchscript": "model.pt", "qupath": "qupath"}
     path = Path(out) if out is not None else run.path / names[format]
     network = run.network()
     kind: dict[str, Any] = {"image_size": run.image_size, "classes": run.classes, "mpp": mpp}
     val = _images(run, "val", _CHECKED)
     if format == "qupath":
-        if mpp is None:
-            raise BadInput("--format qupath needs --mpp, the microns per pixel of the training images")
         to_qupath(network, path, architecture=run.info["network"]["function"].rsplit(":")[-1], **kind)
         model = path / "torchscript_model.pt"
     elif format == "torchscript":
@@ -101,6 +113,23 @@ def export(
         apart = np.abs(predictor.logits(val) - TorchPredictor(network, run.classes, run.image_size).logits(val)).max()
         files["int8"] = {"path": str(small), "max_abs_diff": float(apart), **_accuracy(run, predictor)}
     return Exported(files)
+
+
+def _export_exits(run: Run, folder: Path, loss: float, mpp: float | None) -> dict[str, Any]:
+    """What `Exported` says of a folder of exit segments."""
+    found = early_exit_of(run, loss=loss)
+    network = run.network()
+    kind: dict[str, Any] = {"image_size": run.image_size, "classes": run.classes, "mpp": mpp}
+    extra = _provenance(run) | {key: found[key] for key in ("loss", "validation", "macs")}
+    to_exits(network, folder, threshold=found["threshold"], extra=extra, **kind)
+    predictor = open_exits(folder)
+    try:  # an image that stays to the end is answered as by the network
+        parity = check_parity(network, replace(predictor, threshold=np.inf), _images(run, "val", _CHECKED))
+    except Failed:
+        (folder / "exits.json").unlink()
+        raise
+    said = {"path": str(folder), "threshold": found["threshold"], "macs": found["macs"]}
+    return said | parity | _accuracy(run, predictor)
 
 
 def deliver(out: Path, student: Run, teacher: Run) -> dict[str, Any]:
@@ -131,9 +160,16 @@ def deliver(out: Path, student: Run, teacher: Run) -> dict[str, Any]:
 
 
 def bench(
-    models: Sequence[Path], *, batch_size: int = 16, seconds: float = 3.0, code: Path | None = None
+    models: Sequence[Path],
+    *,
+    batch_size: int = 16,
+    seconds: float = 3.0,
+    device: str = "cpu",
+    code: Path | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Models side by side: parameters, size, memory (of an ``.onnx``, in a process of its own), latency, images/s.
+
+    Runs are timed on ``device``, exported files on the CPU, whatever it is.
 
     Returns:
         What ``summary.json`` holds, by model, and the same as a table.
@@ -142,7 +178,9 @@ def bench(
 
     if not models:
         raise BadInput("bench needs a run, an .onnx or a TorchScript file")
-    opened = {str(model): open_any(model, code=code) for model in models}
+    opened = {str(model): open_any(model, device=device, code=code) for model in models}
+    if leaving := [name for name, predictor in opened.items() if isinstance(predictor, Leaving)]:
+        raise BadInput(f"{leaving[0]}: how long early exit takes depends on the images, and bench shows noise")
     with progress("timing", 80, "rounds") as bar:
         limits: dict[str, Any] = {"repeats": 40, "seconds": seconds * len(opened), "progress": bar.advance}
         single = latency(opened, batch=1, **limits)
@@ -152,6 +190,7 @@ def bench(
         network = getattr(predictor, "network", None)
         file = Path(name) / "model.safetensors" if Path(name).is_dir() else Path(name)
         summary[name] = {
+            "device": "cpu" if network is None else next(network.parameters()).device.type,
             "parameters": None if network is None else sum(p.numel() for p in network.parameters()),
             "macs": None if network is None else macs(network, predictor.image_size),
             "file_bytes": file.stat().st_size,
@@ -167,29 +206,32 @@ def bench(
 
 def _table(summary: dict[str, Any]) -> str:
     width = max(len(name) for name in summary) + 2
-    titles = f"{'px':>5}{'parameters':>13}{'MMAC':>8}{'MB':>8}{'RAM MB':>8}{'ms (p95)':>16}{'images/s':>10}{'times':>8}"
-    lines = [" " * width + titles]
+    sizes = f"{'on':>5}{'px':>5}{'parameters':>13}{'MMAC':>8}{'MB':>8}{'RAM MB':>8}"
+    lines = [" " * width + sizes + f"{'ms (p95)':>16}{'images/s':>10}{'times':>8}"]
     for name, row in summary.items():
         single, parameters, macs, memory = (
             row[key] for key in ("latency_ms_batch1", "parameters", "macs", "peak_memory_bytes")
         )
         lines.append(
-            f"{name:{width}}{row['image_size']:>5}{f'{parameters:,}' if parameters else '-':>13}"
+            f"{name:{width}}{row['device']:>5}{row['image_size']:>5}{f'{parameters:,}' if parameters else '-':>13}"
             f"{f'{macs / 1e6:,.0f}' if macs else '-':>8}{row['file_bytes'] / 1e6:>8.1f}"
             f"{f'{memory / 1e6:,.0f}' if memory else '-':>8}"
-            f"{single['median']:>8.1f} ({single['p95']:.1f})".ljust(width + 59)
+            f"{single['median']:>8.1f} ({single['p95']:.1f})".ljust(width + 64)
             + f"{row['images_per_second']:>9.1f}{row['speedup_batch1']['value']:>8.2f}"
         )
     return "\n".join(lines)
 
 
-def open_any(model: str | Path, *, code: Path | None = None) -> Predictor:
-    """A run folder, an ``.onnx`` or a TorchScript file as a predictor."""
-    path = Path(model)
-    if path.is_dir():
+def open_any(model: str | Path, *, device: str = "cpu", code: Path | None = None) -> Predictor:
+    """A run folder on a device, or on the CPU a folder of exit segments, an ``.onnx`` or a TorchScript file."""
+    path, found = Path(model), find_device(device)
+    exits = (path / "exits.json").is_file()
+    if path.is_dir() and not exits:
         run = Run.open(path, code=code)
-        return TorchPredictor(run.network(), run.classes, run.image_size)
-    return open_model(path)
+        return TorchPredictor(run.network().to(found), run.classes, run.image_size)
+    if found.type != "cpu" and device != "auto":
+        notice(f"{path} was exported, and runs on the CPU; --device {device} is for runs")
+    return open_exits(path) if exits else open_model(path)
 
 
 def _rows(run: Run, split: str) -> tuple[Images, list[int]]:

@@ -19,7 +19,7 @@ from histill.deploy.predictor import Pixels, Predictor, TorchPredictor, one_line
 from histill.errors import BadInput, Failed, require
 from histill.files import atomic, write_json
 
-__all__ = ["OPSET", "check_parity", "to_onnx", "to_qupath", "to_torchscript"]
+__all__ = ["OPSET", "check_parity", "to_onnx", "to_qupath", "to_torchscript", "write_onnx"]
 
 OPSET = 18
 """The ONNX operator set of every export: the oldest that the exporter writes, so the most runtimes read it."""
@@ -32,8 +32,8 @@ class _Logits(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)["logits"]
+    def forward(self, *images: Tensor) -> Tensor:
+        logits: Tensor = self.network(*images)["logits"]
         return logits
 
 
@@ -88,29 +88,48 @@ def to_onnx(
     """
     require("onnx", "deploy"), require("onnxscript", "deploy")
     wrapped, images = _prepare(network, image_size, classes)
+    card = write_card(classes, image_size, mpp, extra)
+    return write_onnx(wrapped, path, {"images": images}, ["logits"], card=card, name=type(network).__name__)
+
+
+def write_onnx(
+    module: nn.Module, path: str | Path, inputs: Mapping[str, Tensor], outputs: Sequence[str], *, card: str, name: str
+) -> Path:
+    """Write ``module``, tensors to tensors, as one ONNX file for any batch size.
+
+    Args:
+        module: in eval mode, on the CPU.
+        path: the ``.onnx`` file.
+        inputs: by name, a batch of two to trace it with, in the order of its arguments.
+        outputs: names.
+        card: what the file says of itself (`write_card`).
+        name: of the network, for the error.
+
+    Raises:
+        Failed: the exporter cannot express it.
+    """
+    batch = {0: torch.export.Dim("batch")}
     with quiet():
         try:
-            traced = torch.export.export(wrapped, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            traced = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=(tuple(batch for _ in inputs),))
             program = torch.onnx.export(
                 traced,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=["images"],
-                output_names=["logits"],
+                input_names=list(inputs),
+                output_names=list(outputs),
                 custom_translation_table={torch.ops.aten.adaptive_max_pool2d.default: _adaptive_max_pool},
                 verbose=False,
             )
         except Exception as error:
-            raise Failed(
-                f"cannot express {type(network).__name__} in ONNX ({_cause(error)}); try torchscript"
-            ) from error
+            raise Failed(f"cannot express {name} in ONNX ({_cause(error)}); try torchscript") from error
     assert program is not None
     model = program.model_proto
     # The exporter notes the source line of every operator, with this machine's paths.
     for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
-    model.metadata_props.add(key="histill", value=write_card(classes, image_size, mpp, extra))
+    model.metadata_props.add(key="histill", value=card)
     with atomic(Path(path)) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
     return Path(path)

@@ -9,16 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import softmax
 from torch import nn
 
 from histill.errors import BadInput, require
 
 __all__ = [
+    "Leaving",
     "OnnxPredictor",
     "Prediction",
     "Predictor",
@@ -55,10 +57,12 @@ class Predictor(Protocol):
         """``(B, 3, H, W)`` in [0, 1] -> ``(B, C)`` probabilities."""
 
 
-def _softmax(logits: Pixels) -> Pixels:
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities: Pixels = odds / odds.sum(axis=1, keepdims=True)
-    return probabilities
+@runtime_checkable
+class Leaving(Protocol):
+    """A `Predictor` with early exit."""
+
+    def leave(self, images: Pixels) -> tuple[Pixels, NDArray[np.int64]]:
+        """``(B, 3, H, W)`` in [0, 1] -> ``(B, C)`` probabilities, and the exit ``(B,)`` of each image, from 1."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class TorchPredictor:
         return logits
 
     def __call__(self, images: Pixels) -> Pixels:
-        return _softmax(self.logits(images))
+        return softmax(self.logits(images), axis=1)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class TorchScriptPredictor:
         return logits
 
     def __call__(self, images: Pixels) -> Pixels:
-        return _softmax(self.logits(images))
+        return softmax(self.logits(images), axis=1)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class OnnxPredictor:
         return logits
 
     def __call__(self, images: Pixels) -> Pixels:
-        return _softmax(self.logits(images))
+        return softmax(self.logits(images), axis=1)  # type: ignore[no-any-return]
 
 
 def open_model(path: str | Path, *, threads: int | None = None, image_size: int | None = None) -> Predictor:
@@ -171,14 +175,7 @@ _Opened: TypeAlias = tuple[Callable[..., OnnxPredictor | TorchScriptPredictor], 
 
 
 def _open_onnx(path: Path, threads: int) -> _Opened:
-    onnxruntime = require("onnxruntime", "deploy")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no base class
-        raise BadInput(f"{path} is not a usable ONNX model ({one_line(error)})") from None
+    session = onnx_session(path, threads)
     entries = session.get_inputs()
     shape: list[int | str] = entries[0].shape
     if len(entries) != 1 or len(shape) != 4:
@@ -187,6 +184,18 @@ def _open_onnx(path: Path, threads: int) -> _Opened:
         raise BadInput(f"{path} takes exactly {shape[0]} images at a time; export it with a dynamic batch")
     text = session.get_modelmeta().custom_metadata_map.get("histill", "")
     return partial(OnnxPredictor, session), text, shape[3] if isinstance(shape[3], int) else None
+
+
+def onnx_session(path: Path, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU; `BadInput` where the file is not a model."""
+    onnxruntime = require("onnxruntime", "deploy")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no base class
+        raise BadInput(f"{path} is not a usable ONNX model ({one_line(error)})") from None
 
 
 def _open_torchscript(path: Path, threads: int | None) -> _Opened:
@@ -238,11 +247,12 @@ def one_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's probabilities ``(C,)``, or the line that says why there are none."""
+    """One image's probabilities ``(C,)`` and the exit where it left, or the line that says why there are none."""
 
     path: Path
     probabilities: Pixels | None
     error: str = ""
+    exit: int | None = None
 
 
 def predict_folder(
@@ -275,10 +285,21 @@ def predict_folder(
             chunk = remaining[start : start + batch]
             loaded = list(pool.map(attempt, chunk))
             images = [image for image in loaded if not isinstance(image, Exception)]
-            rows = iter(predictor(np.stack(images)) if images else ())
+            rows = iter(_said(predictor, images))
             for path, image in zip(chunk, loaded):
                 if isinstance(image, Exception):
                     yield Prediction(path, None, one_line(image))
                 else:
-                    yield Prediction(path, next(rows))
+                    probabilities, exit = next(rows)
+                    yield Prediction(path, probabilities, exit=exit)
             progress(len(chunk))
+
+
+def _said(predictor: Predictor, images: list[Pixels]) -> list[tuple[Pixels, int | None]]:
+    """Each image's probabilities and, with early exit, where it left."""
+    if not images:
+        return []
+    if isinstance(predictor, Leaving):
+        probabilities, exits = predictor.leave(np.stack(images))
+        return [(p, int(e)) for p, e in zip(probabilities, exits)]
+    return [(p, None) for p in predictor(np.stack(images))]

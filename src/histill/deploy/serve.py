@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from histill.data.decode import EXTENSIONS, load
-from histill.data.images import few, read_paths
+from histill.data.decode import load
+from histill.data.images import few, images_below, read_paths
 from histill.deploy.deliver import open_any
 from histill.deploy.predictor import predict_folder
 from histill.errors import BadInput
@@ -24,20 +24,23 @@ def predict(
     *,
     batch_size: int = 32,
     strict: bool = False,
+    device: str = "auto",
     code: Path | None = None,
 ) -> pd.DataFrame:
     """Class and probabilities of an image, of every image below a folder, or of those that a manifest lists.
 
     Args:
-        model: a run, an ``.onnx`` or a TorchScript file.
+        model: a run, an ``.onnx`` or a TorchScript file, or the folder of an export with early exit.
         images: an image, a folder or a CSV file with a column ``path``.
         out: a ``.csv`` or ``.parquet`` file to write, atomically.
         batch_size: images at once.
         strict: an unreadable image is an error; otherwise it is left out with a notice.
+        device: where a run computes: ``auto``, ``cpu``, ``cuda`` or ``mps``; exported files compute on the CPU.
         code: the Python file of a network that is not Histill's.
 
     Returns:
-        A row per image: ``image`` (relative to the folder or manifest), ``prediction``, ``prob_<class>``.
+        A row per image: ``image`` (relative to the folder or manifest), ``prediction``, ``prob_<class>``, and with
+        early exit ``exit``, where it left (from 1).
 
     Raises:
         BadInput: no model, no images, or an ``out`` that is neither CSV nor Parquet.
@@ -46,7 +49,7 @@ def predict(
     if out is not None and out.suffix not in (".csv", ".parquet"):
         raise BadInput(f"--out {out}: end it in .csv or .parquet")
     root, paths = _listed(Path(images))
-    predictor = open_any(model, code=code)
+    predictor = open_any(model, device=device, code=code)
     rows, failed = [], []
     with progress("predicting", len(paths)) as bar:
         for found in predict_folder(
@@ -55,11 +58,12 @@ def predict(
             if (p := found.probabilities) is None:
                 failed.append(found.error)
                 continue
-            row = {
+            row: dict[str, object] = {
                 "image": Path(found.path).relative_to(root).as_posix(),
                 "prediction": predictor.classes[int(p.argmax())],
             }
-            rows.append(row | {f"prob_{c}": float(v) for c, v in zip(predictor.classes, p)})
+            row |= {f"prob_{c}": float(v) for c, v in zip(predictor.classes, p)}
+            rows.append(row | ({} if found.exit is None else {"exit": found.exit}))
     if failed and (strict or not rows):
         raise BadInput(f"{len(failed)} unreadable images: {few(failed)}")
     if failed:
@@ -74,8 +78,7 @@ def predict(
 def _listed(images: Path) -> tuple[Path, list[Path]]:
     """The root that names are relative to, and the images."""
     if images.is_dir():
-        paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
-        root = images
+        root, paths = images, images_below(images)
     elif images.suffix.lower() == ".csv" and images.is_file():
         root, paths = images.parent, read_paths(images)
     elif images.is_file():

@@ -32,6 +32,7 @@ def latency(
     batch: int = 1,
     repeats: int = 100,
     seconds: float = 20.0,
+    images: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] = lambda rounds: None,
 ) -> dict[str, dict[str, Any]]:
     """Time several models side by side: in every round each runs once, the first one taking turns.
@@ -43,6 +44,8 @@ def latency(
         batch: images at a time.
         repeats: rounds, after 3 more that are not counted.
         seconds: no round begins after this time, once there are 5.
+        images: by name, ``(N, 3, size, size)`` that the rounds go through in turn, N at least ``batch``: an early exit
+            takes as long as its images are hard (default: noise, of which nothing can be said).
         progress: called with 1 after each round.
 
     Returns:
@@ -51,7 +54,7 @@ def latency(
         ``low`` and ``high`` (2.5th and 97.5th percentile of the rounds).
     """
     draw = np.random.default_rng(0)
-    images = {
+    shown = images or {
         name: draw.random((batch, 3, predictor.image_size, predictor.image_size), dtype=np.float32)
         for name, predictor in predictors.items()
     }
@@ -65,8 +68,10 @@ def latency(
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            start_row = turn % (len(shown[name]) // batch) * batch
+            now = shown[name][start_row : start_row + batch]
             began = time.perf_counter()
-            predictors[name](images[name])
+            predictors[name](now)
             elapsed = time.perf_counter() - began
             if turn >= 0:
                 times[name].append(elapsed)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 
 from histill.errors import BadInput
 
-__all__ = ["apply", "fit_temperature"]
+__all__ = ["fit_temperature"]
 
 
 def fit_temperature(logits: NDArray[Any], labels: NDArray[Any]) -> float:
@@ -35,8 +35,3 @@ def fit_temperature(logits: NDArray[Any], labels: NDArray[Any]) -> float:
         return float(-log_p[np.arange(len(labels)), labels].mean())
 
     return float(np.exp(minimize_scalar(nll, bounds=(np.log(0.01), np.log(100)), method="bounded").x))
-
-
-def apply(logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
-    """Probabilities ``softmax(logits / T)``, ``(N, C)``; the predicted classes stay what they were."""
-    return np.asarray(softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1))

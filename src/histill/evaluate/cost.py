@@ -1,4 +1,4 @@
-"""The cost of a network: multiply-accumulates as THOP counts them, and parameters."""
+"""The cost of a network: multiply-accumulates as THOP counts them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["macs", "parameters"]
+__all__ = ["macs"]
 
 
 @overload
@@ -54,11 +54,6 @@ def macs(network: nn.Module, size: int, *, breakdown: bool = False) -> int | dic
         for module, mode in modes.items():
             module.training = mode
     return dict(counted) if breakdown else sum(counted.values())
-
-
-def parameters(network: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)

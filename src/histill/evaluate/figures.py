@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "Point",
+    "attention",
     "confusion",
     "confusions",
-    "frontier",
+    "curves",
     "gain",
     "gallery",
     "reliability",
@@ -68,16 +67,6 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.8,
     "figure.facecolor": "white",
 }
-
-
-@dataclass(frozen=True)
-class Point:
-    """A network on the frontier: accuracy (a share, with its interval), latency, size."""
-
-    name: str
-    accuracy: Interval
-    latency_ms: float
-    parameters: int
 
 
 def confusion(matrix: NDArray[Any], classes: Sequence[str], path: Path, *, title: str = "") -> None:
@@ -247,30 +236,28 @@ def gallery(
             ax.set_xlabel(true, fontsize=8, color=INK if wrong else MUTED)
 
 
-def frontier(points: Sequence[Point], path: Path) -> None:
-    """Accuracy against latency (log axis); a marker's area grows with the number of parameters."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+def attention(
+    images: NDArray[Any], maps: Array, masks: NDArray[Any], crops: NDArray[Any], titles: Sequence[str], path: Path
+) -> None:
+    """What a network looked at, a row per image: the image, its attention, the mask, the crop that it looked at again.
 
-    largest = max(point.parameters for point in points)
-    with _drawing(path, 4.4, 4.6) as figure:
-        ax = figure.subplots()
-        for number, point in enumerate(points):
-            value, low, high = (point.accuracy[key] for key in ("value", "low", "high"))
-            colour = _colour(point.name, number)
-            if low is not None:
-                ax.vlines(point.latency_ms, 100 * low, 100 * high, color=colour, linewidth=1.2)
-            area = 30 + 570 * point.parameters / largest
-            ax.scatter(point.latency_ms, 100 * value, s=area, color=colour, alpha=0.85, edgecolor="white")
-            label = f"{point.name}\n{_count(point.parameters)} parameters"
-            ax.scatter([], [], s=45, color=colour, label=label)
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.margins(0.15)
-        ax.grid(True)
-        ax.set(xlabel="milliseconds per image (batch of 1)", ylabel="accuracy, % (95 % interval)")
-        figure.legend(loc="outside lower center", ncols=2, title="area of the marker: parameters", labelspacing=0.8)
+    Images and crops are ``(N, H, W, 3)`` in [0, 1] or uint8, maps ``(N, h, w)`` in [0, 1], masks ``(N, h, w)`` bool.
+    """
+    with _drawing(path, 6.6, 1.72 * len(images) + 0.3) as figure:
+        grid = figure.subplots(len(images), 4, squeeze=False)
+        for ax in grid.flat:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        for axes, image, values, mask, crop, title in zip(grid, images, maps, masks, crops, titles, strict=True):
+            height, width = image.shape[:2]
+            over = {"extent": (-0.5, width - 0.5, height - 0.5, -0.5), "vmin": 0, "vmax": 1}
+            for ax, picture in zip(axes, (image, image, image, crop), strict=True):
+                ax.imshow(picture)
+            axes[1].imshow(values, cmap="inferno", alpha=0.6, **over)
+            axes[2].imshow(np.ma.masked_array(np.ones(mask.shape), mask), cmap="gray", alpha=0.75, **over)
+            axes[0].set_ylabel(title, fontsize=8)
+        for ax, name in zip(grid[0], ("image", "attention", "mask", "crop"), strict=True):
+            ax.set_title(name)
 
 
 def softened(logits: Array, temperatures: Sequence[float], classes: Sequence[str], path: Path) -> None:
@@ -315,6 +302,22 @@ def sweep(
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
 
 
+def curves(lines: Mapping[str, Array], path: Path, *, xlabel: str = "epoch", ylabel: str = "") -> None:
+    """Lines by name, a value for each epoch; the darker the later the name, as settings have an order."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    with _drawing(path, 4.8, 3.2) as figure:
+        ax = figure.subplots()
+        shades = colormaps["viridis_r"](np.linspace(0.15, 1, len(lines)))
+        for (name, values), shade in zip(lines.items(), shades, strict=True):
+            ax.plot(values, color=shade, label=name, marker="o" if len(values) == 1 else None)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(True, axis="y")
+        ax.legend()
+
+
 @contextlib.contextmanager
 def _drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure of so many inches that is at ``path``, whole, once the block is left."""
@@ -347,10 +350,3 @@ def _span(figure: Interval) -> str:
 
 def _signed(points: float) -> str:
     return f"{points:+.1f}".replace("-", "−")
-
-
-def _count(number: int) -> str:
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)

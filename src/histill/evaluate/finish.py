@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from histill.data.decode import load
 from histill.data.images import Images
@@ -16,10 +18,21 @@ from histill.evaluate import figures
 from histill.evaluate.calibration import fit_temperature
 from histill.evaluate.intervals import figures_with_intervals, per_class_table
 from histill.evaluate.metrics import METRICS, Scores, confusion, reliability, roc_curve
-from histill.evaluate.report import Picture, Table, run_report, share
+from histill.evaluate.report import Picture, Table, run_report, share, shown
 from histill.files import write_json
 
-__all__ = ["class_rows", "counts", "finish", "gallery_of", "predictions", "scores", "settings", "table_of", "tempered"]
+__all__ = [
+    "class_rows",
+    "counts",
+    "exit_count",
+    "finish",
+    "gallery_of",
+    "predictions",
+    "scores",
+    "settings",
+    "table_of",
+    "tempered",
+]
 
 EXTRA = ("macro_precision", "f1_of_means")
 
@@ -39,19 +52,12 @@ def predictions(
     frame = images.frame.iloc[rows]
     table: dict[str, Any] = {"image": frame["path"].tolist(), "patient": frame["patient"].tolist()}
     table |= {"split": frame["split"].tolist(), "label": frame["label"].tolist()}
-    probabilities = {
-        name: softmax(logits) for name, logits in (said or {"logits": np.empty((0, len(classes)))}).items()
-    }
+    probabilities = {n: softmax(z, axis=1) for n, z in (said or {"logits": np.empty((0, len(classes)))}).items()}
     table["prediction"] = [classes[i] for i in probabilities["logits"].argmax(1)]
     for name, p in probabilities.items():
         prefix = "prob_" if name == "logits" else f"{name}_prob_"
         table |= {f"{prefix}{c}": p[:, i] for i, c in enumerate(classes)}
     return pd.DataFrame(table)
-
-
-def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Row-wise, ``(N, C)``."""
-    return np.asarray(np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)))
 
 
 def scores(
@@ -61,8 +67,9 @@ def scores(
     *,
     positive: str | None = None,
     teacher: pd.DataFrame | None = None,
+    exit: int | None = None,
 ) -> Scores:
-    """The `Scores` of a predictions table: of one split, beside the teacher's table where there is one.
+    """The `Scores` of a predictions table: of a split, of an exit, beside the teacher's table where there is one.
 
     Raises:
         BadInput: no image of the split, or the two tables are not about the same images.
@@ -80,17 +87,40 @@ def scores(
         said = by_image[part["image"]].map(number).to_numpy(dtype=np.int64)
     return Scores(
         part["label"].map(number).to_numpy(dtype=np.int64),
-        part[[f"prob_{c}" for c in classes]].to_numpy(dtype=np.float64),
+        part[[f"{'' if exit is None else f'exit{exit}_'}prob_{c}" for c in classes]].to_numpy(dtype=np.float64),
         named.to_numpy(dtype=str),
         said,
         None if positive is None else number[positive],
     )
 
 
+def exit_count(table: pd.DataFrame, classes: Sequence[str]) -> int:
+    """How many exits a predictions table has; 0 of a network without."""
+    return sum(f"exit{k}_prob_{classes[0]}" in table for k in range(1, len(table.columns)))
+
+
+def exit_rows(table: pd.DataFrame, classes: tuple[str, ...], splits: Sequence[str]) -> list[Table]:
+    """Accuracy of each exit and of their mean, as a table of the page; none of a network without exits."""
+    exits = range(1, exit_count(table, classes) + 1)
+    if not exits:
+        return []
+    rows = [
+        [
+            "mean of all" if k is None else f"exit {k}",
+            *(
+                share(figures_with_intervals(scores(table, classes, s, exit=k), names=["accuracy"])["accuracy"])
+                for s in splits
+            ),
+        ]
+        for k in (*exits, None)
+    ]
+    return [Table(["", *splits], rows, "Accuracy by exit")]
+
+
 def tempered(before: Scores, temperature: float) -> Scores:
     """The same scores with probabilities softened by a temperature."""
     logits = np.log(np.clip(before.probabilities, 1e-12, None)) / temperature
-    return Scores(before.labels, softmax(logits), before.units, before.teacher, before.positive)
+    return Scores(before.labels, softmax(logits, axis=1), before.units, before.teacher, before.positive)
 
 
 def counts(info: dict[str, Any], table: pd.DataFrame | None = None) -> dict[str, dict[str, int]]:
@@ -106,7 +136,7 @@ def class_rows(table: Scores, classes: tuple[str, ...]) -> Table:
     """A row per class: support, sensitivity, specificity, precision, F1, AUROC, with intervals."""
     rows = per_class_table(table, classes)
     names = ("sensitivity", "specificity", "precision", "f1", "auroc")
-    cells = [[r["class"], r["support"], *(share(r[n]) for n in names)] for r in rows]
+    cells = [[r["class"], r["support"], *(shown(n, r[n]) for n in names)] for r in rows]
     return Table(
         ["class", "images", *(n.replace("f1", "F1").replace("auroc", "AUROC") for n in names)], cells, "By class"
     )
@@ -143,7 +173,7 @@ def finish(out: Path, info: dict[str, Any]) -> None:
         figures.confusion(confusion(judged), classes, out / "figures" / "confusion.png")
         pictures.append(Picture(out / "figures" / "confusion.png", f"Confusion matrix, {last} images."))
         pictures.append(Picture(_roc(judged, classes, metrics[last], out), f"ROC, {last} images."))
-        tables.append(class_rows(judged, classes))
+        tables += [class_rows(judged, classes), *exit_rows(table, classes, list(by_split))]
     write_json(out / "metrics.json", metrics)
     shown = {s: {k: v for k, v in metrics[s].items() if k in (*METRICS, *EXTRA)} for s in by_split}
     if shown:
@@ -165,7 +195,7 @@ def table_of(figures: dict[str, Any]) -> str:
     """Figures by split as text."""
     names = [n for n in (*METRICS, *EXTRA) if any(n in found for found in figures.values())]
     lines = [f"{'':20}" + "".join(f"{split:30}" for split in figures)]
-    lines += [f"{n.replace('_', ' '):20}" + "".join(f"{share(f[n]):30}" for f in figures.values()) for n in names]
+    lines += [f"{n.replace('_', ' '):20}" + "".join(f"{shown(n, f[n]):30}" for f in figures.values()) for n in names]
     return "\n".join(lines)
 
 

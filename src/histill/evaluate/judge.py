@@ -14,6 +14,7 @@ from histill.evaluate.finish import EXTRA, predictions, scores
 from histill.evaluate.intervals import figures_with_intervals, per_class_table
 from histill.evaluate.metrics import METRICS
 from histill.evaluate.predict import predict_rows
+from histill.machine import find_device
 from histill.progress import notice
 from histill.run import Run
 
@@ -21,7 +22,12 @@ __all__ = ["judge"]
 
 
 def judge(
-    run: Run | str | Path, data: str | Path | None = None, *, patient: str | None = None, code: Path | None = None
+    run: Run | str | Path,
+    data: str | Path | None = None,
+    *,
+    patient: str | None = None,
+    device: str = "auto",
+    code: Path | None = None,
 ) -> dict[str, Any]:
     """Figures with 95 % intervals.
 
@@ -29,6 +35,7 @@ def judge(
         run: a run or its folder.
         data: labelled images from elsewhere, all of which are judged; without it the run's own splits.
         patient: regular expression that reads the patient off an image's path.
+        device: where the images of ``data`` are judged: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         code: the Python file of a network that is not Histill's.
 
     Returns:
@@ -52,7 +59,8 @@ def judge(
     if seen := int(packed.images.frame["content"].isin(set(trained)).sum()):
         notice(f"{seen} of these images are among those that {run.path} was trained on: the figures flatter it")
     rows = np.arange(len(packed.images))
-    said = predict_rows(run.network(), packed, rows)
+    where = find_device(device)
+    said = predict_rows(run.network().to(where), packed, rows, device=where)
     table = predictions(packed.images, rows, said, classes=run.classes)
     found = scores(table, run.classes, positive=run.info["positive"])
     figures: dict[str, Any] = figures_with_intervals(found, names=[*(n for n in METRICS if n != "agreement"), *EXTRA])

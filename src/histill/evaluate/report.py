@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ __all__ = [
     "distill_report",
     "run_report",
     "share",
+    "shown",
+    "shown_gain",
     "write_report",
 ]
 
@@ -126,13 +128,13 @@ def run_report(
     seeds = len(figures["accuracy"].get("seeds", [0]))
     over = _over(counts.get(split, {}), seeds)
     names = [name for name in (*METRICS, "macro_precision", "f1_of_means") if any(name in m for m in metrics.values())]
-    rows = [[TITLES[n], *(_show(n, m[n]) if n in m else "–" for m in metrics.values())] for n in names]
+    rows = [[TITLES[n], *(shown(n, m[n]) if n in m else "–" for m in metrics.values())] for n in names]
     what = {
         "test": "of the test images, which it never saw",
         "val": "of the validation images, on which it was chosen",
     }
     sections: list[Section] = [
-        Cards([_card(TITLES[name], _show(name, figures[name])) for name in keys]),
+        Cards([_card(TITLES[name], shown(name, figures[name])) for name in keys]),
         Table(
             ["", *metrics],
             rows,
@@ -175,17 +177,19 @@ def count(number: float) -> str:
     return f"{number:g}"
 
 
-def _show(name: str, figure: Mapping[str, Any]) -> str:
+def shown(name: str, figure: Mapping[str, Any]) -> str:
+    """A figure as its metric is usually written: `share`, but ``0.893 (0.850 to 0.921)`` of an AUROC."""
     value, low, high = (figure[key] for key in ("value", "low", "high"))
     if name != "auroc" or value is None:
         return share(figure)
     return f"{value:.3f}" + ("" if low is None else f" ({low:.3f} to {high:.3f})")
 
 
-def _show_gain(name: str, figure: Mapping[str, Any]) -> str:
+def shown_gain(name: str, figure: Mapping[str, Any]) -> str:
+    """A difference as its metric is usually written: `difference`, but ``+0.012 (−0.004 to +0.028)`` of an AUROC."""
     value, low, high = (figure[key] for key in ("value", "low", "high"))
     if name != "auroc" or value is None:
-        return difference(figure).replace(" points", "")
+        return difference(figure)
     text = f"{value:+.3f}" + ("" if low is None else f" ({low:+.3f} to {high:+.3f})")
     return text.replace("-", "−")
 
@@ -272,10 +276,12 @@ def _comparison(test: Mapping[str, Any], over: str) -> Table:
     rows = []
     for name in METRICS:
         cells = [
-            _show(name, test[k][name]) if name in test[k] else "–"
+            shown(name, test[k][name]) if name in test[k] else "–"
             for k in ("teacher", "student_alone", "student_distilled")
         ]
-        rows.append([TITLES[name], *cells, _show_gain(name, gain[name]) if name in gain else "–"])
+        rows.append(
+            [TITLES[name], *cells, shown_gain(name, gain[name]).replace(" points", "") if name in gain else "–"]
+        )
     note = over + " The gain is paired: both students on the same images, under the same draws."
     if "mcnemar_p" in gain:
         note += f" McNemar's exact test, which takes images as independent: {_p(gain['mcnemar_p'])}"
@@ -288,37 +294,34 @@ def _comparison(test: Mapping[str, Any], over: str) -> Table:
 def _efficiency(efficiency: Mapping[str, Any]) -> list[Section]:
     if not efficiency:
         return []
-    t, s = efficiency["teacher"], efficiency["student"]
-    rows: list[list[object]] = []
-    for name, title, scale, unit in (
-        ("parameters", "Parameters", 1, ""),
-        ("macs", "Multiply-accumulates per image", 1e-6, " M"),
-        ("file_bytes", "File", 1e-6, " MB"),
-        ("peak_memory_bytes", "Peak memory", 1e-6, " MB"),
-    ):
-        if t.get(name) and s.get(name):
-            cells = [
-                f"{x[name] * scale:,.0f}{unit}"
-                if scale == 1 or x[name] * scale >= 100
-                else f"{x[name] * scale:.3g}{unit}"
-                for x in (t, s)
-            ]
-            rows.append([title, *cells, _fold(t[name] / s[name])])
-    for name in (n for n in t if n.startswith("latency_ms_batch")):
+    teacher = efficiency["teacher"]
+    named = {"Student": "student", "Student, int8": "student_int8"}
+    students = {title: efficiency[name] for title, name in named.items() if name in efficiency}
+    rows: list[list[str]] = []
+
+    def row(title: str, of: Callable[[Any], float | None], text: Callable[[float], str], *, more: bool = False) -> None:
+        """A row where every model has the figure; less of it is a gain, or ``more``."""
+        before, after = of(teacher), [of(student) for student in students.values()]
+        if before and all(after):
+            gains = [value / before if more else before / value for value in after if value]
+            rows.append([title, text(before), *(c for v, g in zip(after, gains) for c in (text(v or 0), _fold(g)))])
+
+    row("Parameters", lambda m: m.get("parameters"), lambda v: f"{v:,.0f}")
+    row("Multiply-accumulates per image", lambda m: m.get("macs"), lambda v: f"{_millions(v)} M")
+    row("File", lambda m: m.get("file_bytes"), lambda v: f"{_millions(v)} MB")
+    row("Peak memory", lambda m: m.get("peak_memory_bytes"), lambda v: f"{_millions(v)} MB")
+    for name in (n for n in teacher if n.startswith("latency_ms_batch")):
         batch = name.removeprefix("latency_ms_batch")
         what = "one image" if batch == "1" else f"{batch} images at once"
         for key, title in (("median", "median"), ("p95", "95th percentile")):
-            before, after = (x[name][key] for x in (t, s))
-            rows.append([f"Latency of {what}, {title}", f"{before:.3g} ms", f"{after:.3g} ms", _fold(before / after)])
-    if t.get("images_per_second") and s.get("images_per_second"):
-        rows.append(
-            [
-                "Images per second",
-                *(f"{x['images_per_second']:,.1f}" for x in (t, s)),
-                _fold(s["images_per_second"] / t["images_per_second"]),
-            ]
-        )
-    return [Table(["", "Teacher", "Student", "Gain"], rows, "Size and speed")]
+            row(f"Latency of {what}, {title}", lambda m: m[name][key], lambda v: f"{v:.3g} ms")  # noqa: B023
+    row("Images per second", lambda m: m.get("images_per_second"), lambda v: f"{v:,.1f}", more=True)
+    columns = ["", "Teacher", *(column for title in students for column in (title, "Gain"))]
+    return [Table(columns, rows, "Size and speed")]
+
+
+def _millions(number: float) -> str:
+    return f"{number / 1e6:,.0f}" if number >= 1e8 else f"{number / 1e6:.3g}"
 
 
 def _export(export: Mapping[str, Any]) -> list[Section]:

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from histill.models.adapter import Timm
+    from histill.models.cifar import Cifar
     from histill.models.csat import CSAT, SAT, ResNet18SAT
     from histill.models.dsnet import DSNet
     from histill.models.keras import KerasHead
     from histill.models.mac_resnet import MACResNet, attention_crop
-    from histill.models.multi_exit import MultiExitResNet18
+    from histill.models.msdnet import MSDNet
+    from histill.models.multi_exit import MultiExitResNet18, ResNet18
     from histill.models.regressors import Regressors
+    from histill.models.scan import SCAN
     from histill.models.stardist import StarDist
     from histill.models.unet import UNet, UNetDecoder
     from histill.models.weights import load_weights
@@ -20,11 +23,15 @@ if TYPE_CHECKING:
 __all__ = [
     "CSAT",
     "SAT",
+    "SCAN",
+    "Cifar",
     "DSNet",
     "KerasHead",
     "MACResNet",
+    "MSDNet",
     "MultiExitResNet18",
     "Regressors",
+    "ResNet18",
     "ResNet18SAT",
     "StarDist",
     "Timm",
@@ -38,11 +45,15 @@ __all__ = [
 _HOMES = {
     "CSAT": "csat",
     "SAT": "csat",
+    "SCAN": "scan",
+    "Cifar": "cifar",
     "DSNet": "dsnet",
     "KerasHead": "keras",
     "MACResNet": "mac_resnet",
+    "MSDNet": "msdnet",
     "MultiExitResNet18": "multi_exit",
     "Regressors": "regressors",
+    "ResNet18": "multi_exit",
     "ResNet18SAT": "csat",
     "StarDist": "stardist",
     "Timm": "adapter",

@@ -1,0 +1,207 @@
+"""The methods differ in their objective alone, each is its published sum, and none moves the teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import Counting, no_page, table
+from torch import nn
+from torch.nn import functional as F
+
+import histill as hs
+from histill import losses
+from histill.data import Images, pack
+from histill.errors import BadInput
+from histill.models import Cifar
+from histill.recipes import methods
+from histill.recipes._methods import METHODS, Rising, Turning, labels_alone, rotations
+from histill.teachers import Frozen
+from histill.types import Batch, Outputs, total
+
+SMALL: dict[str, Any] = {"image_size": 32, "epochs": 1, "batch_size": 8, "views": 2}
+WEIGHTS = {
+    "ce": {"hard": 1},
+    "kd": {"hard": 0.1, "soft": 0.9},
+    "kd-standardized": {"hard": 0.1, "soft": 9},
+    "dkd": {"hard": 1, "decoupled": 1},
+    "dist": {"hard": 1, "dist": 1},
+    "nkd": {"hard": 1, "normalized": 1},
+    "fitnet": {"hard": 1, "hint": 100},
+    "at": {"hard": 1, "attention": 1000},
+    "vid": {"hard": 1, "variational": 1},
+    "review": {"hard": 1, "review": 5},
+    "rkd": {"hard": 1, "distance": 25, "angle": 50},
+    "pkt": {"hard": 1, "pkt": 30000},
+    "sp": {"hard": 1, "similarity": 3000},
+    "cc": {"hard": 1, "correlation": 0.02},
+    "crd": {"hard": 1, "contrast": 0.8},
+    "crd-memory": {"hard": 1, "contrast": 0.8},
+    "sskd": {"hard": 0.1, "soft": 0.9, "turned": 2.7, "self": 10, "pretext": 1},
+}
+"""Once what rises has risen."""
+
+
+@pytest.fixture(autouse=True)
+def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("histill.evaluate.finish.finish", no_page)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Images:
+    return table(tmp_path_factory.mktemp("images") / "data", count=24, size=32)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Frozen:
+    torch.manual_seed(5)
+    return Frozen(Cifar("wrn_16_1", 2))
+
+
+def said(data: Images, experiment: Any) -> tuple[Outputs, Outputs, Batch, nn.Module]:
+    """What student and teacher say of six training images."""
+    packed = pack(data, 32)
+    batch = packed.batch(torch.tensor(packed.images.rows("train")[:6]).numpy())
+    teacher = experiment.teacher(batch) if experiment.teacher else Outputs()
+    torch.manual_seed(0)
+    network = experiment.student()
+    return network(experiment.inputs(batch, teacher) if experiment.inputs else batch.images), teacher, batch, network
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_a_method_is_its_published_sum_and_teaches_the_student(data: Images, teacher: Frozen, method: str) -> None:
+    made = methods.student(data, teacher, method=method, network="resnet8x4", **SMALL)
+    student, taught, batch, network = said(data, made)
+    objective = made.objective
+    if isinstance(objective, Rising):
+        assert objective(student, taught, batch)[objective.term][0] == 0
+        objective.seen.fill_(objective.rise)
+    torch.manual_seed(1)
+    terms = objective(student, taught, batch)
+    assert {name: weight for name, (weight, _) in terms.items()} == pytest.approx(WEIGHTS[method])
+    plain = student["logits"][:6]
+    assert float(terms["hard"][1].detach()) == pytest.approx(
+        float(F.cross_entropy(plain, batch.labels).detach()), rel=1e-5
+    )
+    for name, (_, loss) in terms.items():
+        network.zero_grad()
+        loss.backward(retain_graph=True)
+        moved = sum(float(p.grad.abs().sum()) for p in network.parameters() if p.grad is not None)
+        assert (moved > 0) == (name != "pretext"), name
+    assert set(WEIGHTS) == set(METHODS) - {"ab"}
+
+
+def test_kd_is_what_it_was_before_methods(data: Images, teacher: Frozen) -> None:
+    made = methods.student(data, teacher, method="kd", network="resnet8x4", **SMALL)
+    student, taught, batch, _ = said(data, made)
+    p, q = (taught["logits"] / 4).softmax(1), (student["logits"] / 4).log_softmax(1)
+    soft = 16 * (p * (p.log() - q)).sum(1).mean()
+    expected = 0.1 * F.cross_entropy(student["logits"], batch.labels) + 0.9 * soft
+    assert float(total(made.objective(student, taught, batch)).detach()) == pytest.approx(
+        float(expected.detach()), rel=1e-5
+    )
+
+
+def test_methods_differ_in_what_they_learn_by_and_in_nothing_else(data: Images, teacher: Frozen) -> None:
+    made = {m: methods.student(data, teacher, method=m, network="resnet8x4", **SMALL) for m in WEIGHTS}
+    own = {"objective", "teacher", "inputs", "cache", "cache_outputs", "recipe", "student", "optimizer", "schedule"}
+    for method, experiment in made.items():
+        for field in dataclasses.fields(experiment):
+            if field.name not in own:
+                assert getattr(experiment, field.name) == getattr(made["ce"], field.name), (method, field.name)
+        for name in ("student", "optimizer"):
+            one, other = getattr(experiment, name), getattr(made["ce"], name)
+            assert (one.func, one.keywords) == (other.func, other.keywords)
+        assert [experiment.schedule(e / 4) for e in range(4)] == [made["ce"].schedule(e / 4) for e in range(4)]
+    assert made["ce"].teacher is None
+    kept = {m: e.cache_outputs for m, e in made.items() if e.cache and e.teacher is not None and m != "sskd"}
+    assert set(kept.values()) == {("logits", "pooled")}, "one cache for all of them"
+    assert {m for m, e in made.items() if not e.cache} == {m for m in WEIGHTS if "maps" in METHODS[m].needs}
+
+
+def test_a_weight_rises_evenly_and_stays(data: Images, teacher: Frozen) -> None:
+    made = methods.student(data, teacher, method="dkd", network="resnet8x4", **SMALL | {"epochs": 24})
+    student, taught, batch, _ = said(data, made)
+    steps = math.ceil(len(data.rows("train")) / 8) * 24 // 12
+    weights = [made.objective(student, taught, batch)["decoupled"][0] for _ in range(steps + 2)]
+    assert weights == pytest.approx([step / steps for step in range(steps)] + [1, 1])
+
+
+def test_the_memory_of_crd_knows_the_training_images_alone(data: Images, teacher: Frozen) -> None:
+    made: Any = methods.student(data, teacher, method="crd-memory", network="resnet8x4", **SMALL).objective
+    rows = pack(data, 32).images.rows("train")
+    assert made.loss.memory_teacher.shape == (len(rows), 128)
+    assert made.place[torch.tensor(rows)].tolist() == list(range(len(rows)))
+
+
+def test_a_turning_teacher_says_of_each_rotation_what_it_says_of_the_turned_image(
+    data: Images, teacher: Frozen
+) -> None:
+    packed = pack(data, 32)
+    batch = packed.batch(torch.arange(3).numpy())
+    outputs = Turning(teacher)(batch)
+    for turns in (1, 2, 3):
+        turned = batch._replace(images=batch.images.rot90(turns, (2, 3)))
+        for name in ("logits", "pooled"):
+            torch.testing.assert_close(outputs[f"turned_{name}"][:, turns - 1], teacher(turned)[name])
+    torch.testing.assert_close(outputs["logits"], teacher(batch)["logits"])
+    one = torch.arange(12.0).view(1, 3, 2, 2)
+    assert torch.equal(rotations(one)[2], one[0].flip((1, 2)))
+    assert Turning(teacher).key != teacher.key
+
+
+def test_the_boundaries_are_the_papers_sum_over_elements(data: Images, teacher: Frozen) -> None:
+    made = methods.pretrain(data, teacher, network="resnet8x4", **SMALL)
+    assert made.select == "last"
+    student, taught, batch, _ = said(data, made)
+    terms = made.objective(student, taught, batch)
+    # wrn_16_1: 16 x 32 x 32, 32 x 16 x 16 and 64 x 8 x 8 elements; a half for each stage above the last.
+    expected = {"stage1": 16384 / 4, "stage2": 8192 / 2, "stage3": 4096}
+    assert {n: w for n, (w, _) in terms.items()} == pytest.approx({n: 0.003 * v for n, v in expected.items()})
+    own: Any = made.objective
+    f_s = own.losses[2].connect(student["stage3"])
+    fires = taught["stage3"] > 0
+    by_hand = torch.where(fires, (1 - f_s).clamp(min=0), (1 + f_s).clamp(min=0)).square().mean()
+    assert float(terms["stage3"][1].detach()) == pytest.approx(float(by_hand.detach()), rel=1e-4)
+
+
+def test_boundaries_then_labels(data: Images, teacher: Frozen, tmp_path: Path) -> None:
+    first = hs.train(methods.pretrain(data, teacher, network="resnet8x4", **SMALL), tmp_path / "first")
+    then = methods.student(data, method="ce", network="resnet8x4", weights=str(first.path), **SMALL)
+    began, ended = then.student().state_dict(), first.network().state_dict()
+    assert all(torch.equal(value, ended[name]) for name, value in began.items())
+    with pytest.raises(BadInput, match=r"phase of its own: run methods\.pretrain"):
+        methods.student(data, teacher, method="ab", network="resnet8x4", **SMALL)
+
+
+def test_what_the_networks_do_not_give_is_said(data: Images) -> None:
+    for method, what in (("rkd", "pooled features"), ("at", "feature maps")):
+        with pytest.raises(BadInput, match=f"--method {method}: it compares {what}, and the teacher gives only logits"):
+            methods.student(data, Counting(), method=method, network="resnet8x4", **SMALL)
+    unfit = methods.unfit(data, Counting(), network="resnet8x4", image_size=32)
+    assert set(METHODS) - set(unfit) == {"ce", "kd", "kd-standardized", "dkd", "dist", "nkd"}
+    with pytest.raises(BadInput, match="--method kdd: one of ce, kd"):
+        methods.student(data, Counting(), method="kdd", network="resnet8x4", **SMALL)
+
+
+def test_without_a_teacher_the_student_learns_from_the_labels(data: Images) -> None:
+    alone = methods.student(data, method="kd", network="resnet8x4", **SMALL)
+    assert (alone.objective, alone.teacher) == (labels_alone, None)
+
+
+def test_steps_are_those_of_the_benchmark(data: Images) -> None:
+    made = methods.student(data, network="resnet8x4", epochs=240, schedule="steps", augment="cifar")
+    rates = [made.schedule(epoch) for epoch in (149, 150, 180, 210, 239)]
+    assert rates == pytest.approx([1, 0.1, 0.01, 0.001, 0.001])
+    assert made.optimizer.keywords == {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}  # type: ignore[attr-defined]
+
+
+def test_every_loss_with_a_teacher_has_its_row() -> None:
+    # DSNet's equation, multi-exit networks and masks have recipes of their own.
+    elsewhere = {"soft_cross_entropy", "self_distillation", "be_your_own_teacher", "dice", "focal", "cross_entropy"}
+    used = {name for name in losses.__all__ if name in vars(__import__("histill.recipes._methods", fromlist=["x"]))}
+    assert used - {"cross_entropy"} == {n for n in losses.__all__ if n != "GUIDE"} - elsewhere
