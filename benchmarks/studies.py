@@ -40,6 +40,7 @@ class Task:
         teacher: flags of `histill train NAME.teacher`, where the study does not train its teacher itself; it starts
             from the ImageNet weights.
         network: whose ImageNet weights these are, by timm's name.
+        other: a second folder in DATA, for what is learnt before; OTHER stands for it in the flags.
     """
 
     images: str
@@ -48,6 +49,7 @@ class Task:
     split: bool = True
     teacher: str = ""
     network: str = ""
+    other: str = ""
 
 
 PUBLISHED = {
@@ -63,6 +65,15 @@ TASKS = {
         network="mobilenetv1_100",
         teacher="--network mobilenet_v1 --val 0.2 --positive melanoma --image-size 128 --epochs 12 --batch-size 32 "
         "--lr 3e-4",
+    ),
+    "multi-exit": Task(
+        "herlev",
+        flags="--val 0.2 --seeds 3 --image-size 64 --epochs 12 --batch-size 16 --lr 0.01 --pretrain-data OTHER "
+        "--pretrain-epochs 8 --precision 32-true",
+        other="lc25000",
+        network="mobilenetv2_100",
+        teacher="--network mobilenetv2_100 --val 0.2 --image-size 128 --epochs 20 --batch-size 32 --lr 0.01 "
+        "--precision 32-true",
     ),
     "kd-convnext": Task(
         "lc25000",
@@ -138,7 +149,10 @@ def main() -> None:
     table = manifest(task, data / task.images, out / "images")
     weights = imagenet(task, data, table, out)
     teacher = trained_teacher(name, task, table, weights, out) if task.teacher else []
-    flags = [str(weights) if word == "WEIGHTS" else word for word in task.flags.split()]
+    words = {"WEIGHTS": str(weights)}
+    if task.other:
+        words["OTHER"] = str(manifest(Task(task.other, ""), data / task.other, out / "other"))
+    flags = [words.get(word, word) for word in task.flags.split()]
     study = out / "study"
     tables = call(HISTILL, "study", name, "--data", table, "--out", study, *teacher, *flags)
     RESULTS.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import write_classes
-from tiny import Tiny, experiment, hard, process
+from tiny import Tiny, experiment, process
 
 import histill as hs
 from histill.data import pack, read_images, split
@@ -17,6 +18,7 @@ from histill.data.images import of_each
 
 STATUS = Path("/proc/self/status")
 SIZE = 128
+COUNTS = (500, 2500)
 
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="needs /proc")
 
@@ -26,37 +28,48 @@ def private() -> int:
     return 1024 * int(STATUS.read_text().split("RssAnon:")[1].split()[0])
 
 
-def pack_and_train(root: Path, count: int) -> None:
-    """Leaves the peak of private memory in ``root/peak``."""
-    write_classes(root / "data", {"a": count // 2, "b": count // 2}, size=12)
-    peak, done = [private()], threading.Event()
+class Peak(threading.Thread):
+    """The most private memory while the block runs."""
 
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], private())
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.bytes, self.done = 0, threading.Event()
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    data = split(read_images(root / "data"), val=0.2, test=0.2)
-    packed = pack(data, SIZE)
-    assert packed.pixels.nbytes == count * SIZE * SIZE * 3
-    kind: dict[str, Any] = {"student": partial(Tiny), "objective": hard, "epochs": 1, "batch_size": 16}
-    hs.train(experiment(data, image_size=SIZE, **kind), root / "run", device="cpu", precision="32-true")
-    done.set()
-    watcher.join()
-    (root / "peak").write_text(str(peak[0]))
+    def run(self) -> None:
+        while not self.done.wait(0.002):
+            self.bytes = max(self.bytes, private())
+
+    def __enter__(self) -> Peak:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.join()
+
+
+def pack_and_train(root: Path) -> None:
+    """Leaves in ``root/peaks`` the peak of private memory on each number of images."""
+    peaks = []
+    for count in COUNTS:
+        folder = root / str(count)
+        write_classes(folder / "data", {"a": count // 2, "b": count // 2}, size=12)
+        with Peak() as peak:
+            data = split(read_images(folder / "data"), val=0.15, test=0.05)  # the same batches of 64 are judged in both
+            assert pack(data, SIZE).pixels.nbytes == count * SIZE * SIZE * 3
+            kind: dict[str, Any] = {"student": partial(Tiny, width=1), "epochs": 1, "batch_size": 64}
+            hs.train(experiment(data, image_size=SIZE, **kind), folder / "run", device="cpu", precision="32-true")
+        peaks.append(peak.bytes)
+    (root / "peaks").write_text(json.dumps(peaks))
 
 
 def test_the_pack_grows_and_private_memory_does_not(tmp_path: Path) -> None:
-    counts, peaks = (300, 1500), []
-    for count in counts:
-        (root := tmp_path / str(count)).mkdir()
-        child = process(pack_and_train, root, count)
-        child.join()
-        assert child.exitcode == 0
-        peaks.append(int((root / "peak").read_text()))
-    # 59 MB more of pack. What a process holds differs by some MB from one to the next; tables take 2 KB an image.
-    assert peaks[1] - peaks[0] < 20e6
+    child = process(pack_and_train, tmp_path)
+    child.join()
+    assert child.exitcode == 0
+    before, after = json.loads((tmp_path / "peaks").read_text())
+    # 98 MB more of pack, of which less than a third may show: the allocator's ways, and 2 KB an image for the tables.
+    assert after - before < 30e6
 
 
 def test_threads_work_no_further_ahead_than_a_few_hundred(tmp_path: Path) -> None:
@@ -64,6 +77,6 @@ def test_threads_work_no_further_ahead_than_a_few_hundred(tmp_path: Path) -> Non
     paths = [tmp_path / str(number) for number in range(2000)]
     given = of_each(paths, lambda path: begun.append(path) or path, "counting")
     assert [next(given) for _ in range(300)] == paths[:300]
-    assert len(begun) <= 512
+    assert len(begun) <= 320, "five times 64"
     assert list(given) == paths[300:]
     assert sorted(begun) == sorted(paths)

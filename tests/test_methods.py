@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import histill as hs
-from histill import losses
+from histill import loop, losses
 from histill.data import Images, pack
 from histill.errors import BadInput
 from histill.models import Cifar
@@ -176,6 +176,31 @@ def test_boundaries_then_labels(data: Images, teacher: Frozen, tmp_path: Path) -
     assert all(torch.equal(value, ended[name]) for name, value in began.items())
     with pytest.raises(BadInput, match=r"phase of its own: run methods\.pretrain"):
         methods.student(data, teacher, method="ab", network="resnet8x4", **SMALL)
+
+
+@pytest.mark.parametrize("method", ["dkd", "crd-memory"])
+def test_interrupted_it_ends_with_the_same_bits(
+    data: Images, teacher: Frozen, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made() -> Any:
+        return methods.student(data, teacher, method=method, network="wrn_16_1", **SMALL | {"epochs": 3})
+
+    whole = hs.train(made(), tmp_path / "whole")
+    step, calls = loop._step, []
+
+    def interrupted(*some: Any) -> None:
+        calls.append(0)
+        if len(calls) == 4:  # in the middle of the second epoch, when banks and weights have moved
+            raise KeyboardInterrupt
+        step(*some)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "_step", interrupted)
+        hs.train(made(), tmp_path / "cut", checkpoint_seconds=0)
+    assert (tmp_path / "cut/checkpoint.pt").exists()
+    cut = hs.train(made(), tmp_path / "cut", resume=True)
+    for file in ("model.safetensors", "predictions.parquet", "last.parquet"):
+        assert (cut.path / file).read_bytes() == (whole.path / file).read_bytes(), file
 
 
 def test_what_the_networks_do_not_give_is_said(data: Images) -> None:

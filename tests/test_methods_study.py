@@ -49,7 +49,7 @@ def test_students_methods_and_a_second_call_share_one_pass_over_the_teacher(
         return ask(self, batch)
 
     monkeypatch.setattr(Frozen, "__call__", counted)
-    students, names, seeds = ("resnet8x4", "wrn_16_1"), ("ce", "kd", "pkt"), 2
+    students, names, seeds = ("resnet20", "wrn_16_1"), ("ce", "kd", "pkt"), 2
     arguments = SMALL | {"student": students, "methods": names[1:], "seeds": seeds, "teacher": [teacher]}
     out = tmp_path / "study"
     text = study(data, out=out, **arguments)
@@ -64,16 +64,16 @@ def test_students_methods_and_a_second_call_share_one_pass_over_the_teacher(
     for kind, file in (("last", "last.parquet"), ("chosen", "predictions.parquet")):
         right = {}
         for name in ("kd", "pkt"):
-            runs = [Run.open(out / "runs" / f"resnet8x4-{name}-seed{n}") for n in range(seeds)]
+            runs = [Run.open(out / "runs" / f"resnet20-{name}-seed{n}") for n in range(seeds)]
             tables = [(r.last if kind == "last" else r.predictions).query("split == 'test'") for r in runs]
             right[name] = [float((t["prediction"] == t["label"]).mean()) for t in tables]
-        found = summary["test"]["resnet8x4"][kind]["pkt"]["accuracy"]
+        found = summary["test"]["resnet20"][kind]["pkt"]["accuracy"]
         assert found["seeds"] == pytest.approx(right["pkt"])
-        gain = summary["gain_over_kd"]["resnet8x4"][kind]["pkt"]["accuracy"]["value"]
+        gain = summary["gain_over_kd"]["resnet20"][kind]["pkt"]["accuracy"]["value"]
         assert gain == pytest.approx(np.mean(right["pkt"]) - np.mean(right["kd"])), file
         assert share(found) in text
-    assert summary["extra_parameters"]["resnet8x4-pkt"] == 0
-    assert summary["training_time_over_ce"]["resnet8x4"]["ce"] == 1
+    assert summary["extra_parameters"]["resnet20-pkt"] == 0
+    assert summary["training_time_over_ce"]["resnet20"]["ce"] == 1
     assert "2 comparisons with kd, not corrected for their number" in text
 
 

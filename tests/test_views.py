@@ -273,7 +273,7 @@ def test_saturation_keeps_grey_and_scales_the_distance_from_it() -> None:
     assert (views_of(flat, torch.arange(9), Augment(saturation=0.5)) - 90 / 255).abs().max() < 1e-6
 
 
-# Random combinations, contours, smoothing, noise -----------------------------------------------------------------------
+# Random combinations, contours, smoothing, noise ---------------------------------------------------------------------
 
 
 def test_a_combination_applies_each_operation_by_a_draw_of_its_own() -> None:

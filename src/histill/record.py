@@ -95,6 +95,11 @@ def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
             there, here = there.get("key"), here["key"]
         if there != here:
             raise BadInput(f"{out}: --resume with {name} {here}, but the run has {there}")
+    # An objective that is a module keeps its settings to itself; the recipe's arguments have them.
+    there, here = _comparable(before["recipe"]), _comparable(now["recipe"])
+    for name in here.keys() & there.keys():
+        if here[name] != there[name]:
+            raise BadInput(f"{out}: --resume with {name} {here[name]}, but the run has {there[name]}")
     for name in ("hash", "split_hash", "unlabelled_hash"):
         if before.get("data", {}).get(name) != now["data"][name]:
             raise BadInput(f"{out}: the images have changed since the run started; start a new one in another --out")

@@ -27,7 +27,7 @@ SPLITS = ("train", "val", "test")
 UNLABELLED = ""
 """The label of an image that has none."""
 
-_CHUNK = 256
+_CHUNK = 64
 
 COLUMNS = ("path", "label", "patient", "split", "mask", "site", "content")
 _SPLIT_NAMES = {
@@ -128,7 +128,7 @@ def few(names: Iterable[object], most: int = 5) -> str:
 
 
 def of_each(paths: Sequence[Path], function: Callable[[Path], T], what: str) -> Iterator[T]:
-    """``function`` of each path, in order, by threads and under a bar; 256 at a time, however many there are."""
+    """``function`` of each path, in order, by threads and under a bar; 64 at a time, however many there are."""
     with progress(what, len(paths)) as bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), _CHUNK):
             for result in pool.map(function, paths[start : start + _CHUNK]):

@@ -86,6 +86,7 @@ def _summary(first: Any, own: Any, batch: int) -> dict[str, Any]:
     median = float(np.median(own))
     return {
         "latency_ms": {"median": 1e3 * median, "p95": 1e3 * float(np.percentile(own, 95))},
+        "mean_ms": 1e3 * float(own.mean()),
         "images_per_second": batch / median,
         "rounds": len(own),
         "speedup": {

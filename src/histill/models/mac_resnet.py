@@ -207,8 +207,8 @@ def mean_crop(images: Tensor, attention: Tensor, threshold: float = 0.5) -> Tens
     """The AttentionPicture by the mean of an image's maps, which does not depend on chance.
 
     The mean map is masked as it is, not enlarged, so that the box is of whole cells. A side that may lie at any pixel
-    jumps by one where rounding differs, from one runtime or batch to another, and the logits by tenths: of images of
-    224 pixels one in 300 was hit, with cells of 32 pixels fewer than one in 5,000.
+    jumps by one where rounding differs, from one runtime or batch to another, and the logits by tenths. Of images of
+    224 pixels that is about one in 300, with cells about one in 5,000 (see ``docs/recipes/mac-resnet.md``).
 
     Arguments and result as for `attention_crop`.
     """

@@ -1,8 +1,7 @@
 """MAC-ResNet: eyelid tumours; a ResNet-50 learns from one with attention, and from where that one looks.
 
-Huang et al., "Deep Learning-Based Diagnosis and Segmentation of Eyelid Tumors from Whole-Slide Images", Journal of
-Personalized Medicine 13 (2023) 89. The teacher is ResNet-50 with four added blocks; it looks at the patch and at the
-part of it that its attention points at (the AttentionPicture). The student is plain ResNet-50.
+Huang et al., Journal of Personalized Medicine 13 (2023) 89. The teacher is ResNet-50 with four added blocks; it looks
+at the patch and at the part of it that its attention points at (the AttentionPicture). The student is plain ResNet-50.
 
 What the paper leaves open, and what was taken, is in ``docs/recipes/mac-resnet.md``.
 """

@@ -182,11 +182,11 @@ def _ablation(
 ) -> Table:
     """A row per design: the paper's figures, ours on validation, the accuracy on the test images."""
     return Table(
-        ["", "paper: ACC, Spec, Recall, classes", "ACC", "Spec", "Recall", *data.classes, "test ACC"],
+        ["", "paper: ACC, Spec, Recall, 0 to 3", "ACC", "Spec", "Recall", *data.classes, "test ACC"],
         [
             [
                 row,
-                " ".join(f"{v:.3f}" for v in PAPER.get(design, ())) or "-",
+                " ".join(f"{v:.4f}" for v in PAPER.get(design, ())) or "-",
                 *(share(val[design][name]) for name in ("accuracy", "specificity", "sensitivity")),
                 *_recalls(made.scores(design, "val")),
                 share(test[design]["accuracy"]),
