@@ -40,6 +40,7 @@ class Task:
         teacher: flags of `histill train NAME.teacher`, where the study does not train its teacher itself; it starts
             from the ImageNet weights.
         network: whose ImageNet weights these are, by timm's name.
+        study: its name, where the task has another.
         other: a second folder in DATA, for what is learnt before; OTHER stands for it in the flags.
     """
 
@@ -49,6 +50,7 @@ class Task:
     split: bool = True
     teacher: str = ""
     network: str = ""
+    study: str = ""
     other: str = ""
 
 
@@ -56,6 +58,9 @@ PUBLISHED = {
     "mobilenetv1_100": "mobilenet_v1_1.0_224_quant_embedding_extractor.npz",
     "mobilenetv2_100": "mobilenet_v2_1.0_224_quant.npz",
 }
+
+LUNG = ("lung_aca", "lung_n", "lung_scc")
+MAC = "--val 0.2 --background lung_n --image-size 80 --epochs 6 --batch-size 16 --lr 3e-4 --weights none"
 
 TASKS = {
     "dsnet": Task(
@@ -66,6 +71,10 @@ TASKS = {
         teacher="--network mobilenet_v1 --val 0.2 --positive melanoma --image-size 128 --epochs 12 --batch-size 32 "
         "--lr 3e-4",
     ),
+    "mac-resnet": Task("lc25000", labels=LUNG, flags=f"{MAC} --tables 1 2 3 4 5 6 ladder", study="mac-resnet"),
+    "mac-resnet-distilled": Task(
+        "lc25000", labels=LUNG, flags=f"{MAC} --tables distilled --seeds 3", study="mac-resnet"
+    ),
     "multi-exit": Task(
         "herlev",
         flags="--val 0.2 --seeds 3 --image-size 64 --epochs 12 --batch-size 16 --lr 0.01 --pretrain-data OTHER "
@@ -75,9 +84,17 @@ TASKS = {
         teacher="--network mobilenetv2_100 --val 0.2 --image-size 128 --epochs 20 --batch-size 32 --lr 0.01 "
         "--precision 32-true",
     ),
+    "methods": Task(
+        "lc25000",
+        flags="--val 0.2 --seeds 3 --student resnet10t --weights none --image-size 48 --epochs 8 --batch-size 32 "
+        "--views 4 --precision 32-true",
+        network="mobilenetv2_100",
+        teacher="--network mobilenetv2_100 --val 0.2 --image-size 96 --epochs 8 --batch-size 32 --lr 0.01 "
+        "--precision 32-true",
+    ),
     "kd-convnext": Task(
         "lc25000",
-        labels=("lung_aca", "lung_n", "lung_scc"),
+        labels=LUNG,
         split=False,
         flags="--val 0.1 --test 0.1 --seeds 3 --image-size 64 --epochs 16 --batch-size 16 --network convnext_atto "
         "--weights none --teacher-network mobilenetv2_100 --teacher-weights WEIGHTS --teacher-epochs 10 "
@@ -147,14 +164,14 @@ def main() -> None:
     name, data, out = arguments.name, arguments.data, arguments.out
     task = TASKS[name]
     table = manifest(task, data / task.images, out / "images")
-    weights = imagenet(task, data, table, out)
+    weights = imagenet(task, data, table, out) if task.network else Path()
     teacher = trained_teacher(name, task, table, weights, out) if task.teacher else []
     words = {"WEIGHTS": str(weights)}
     if task.other:
         words["OTHER"] = str(manifest(Task(task.other, ""), data / task.other, out / "other"))
     flags = [words.get(word, word) for word in task.flags.split()]
     study = out / "study"
-    tables = call(HISTILL, "study", name, "--data", table, "--out", study, *teacher, *flags)
+    tables = call(HISTILL, "study", task.study or name, "--data", table, "--out", study, *teacher, *flags)
     RESULTS.mkdir(exist_ok=True)
     first = next(iter(sorted(study.glob("runs/*/run.json"))))
     info = json.loads(first.read_text())
