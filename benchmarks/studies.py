@@ -60,7 +60,7 @@ PUBLISHED = {
 }
 
 LUNG = ("lung_aca", "lung_n", "lung_scc")
-MAC = "--val 0.2 --background lung_n --image-size 80 --epochs 6 --batch-size 16 --lr 3e-4 --weights none"
+MAC = "--val 0.2 --background lung_n --image-size 80 --epochs 5 --batch-size 16 --lr 3e-4 --weights none"
 
 TASKS = {
     "dsnet": Task(
@@ -77,8 +77,8 @@ TASKS = {
     ),
     "multi-exit": Task(
         "herlev",
-        flags="--val 0.2 --seeds 3 --image-size 64 --epochs 12 --batch-size 16 --lr 0.01 --pretrain-data OTHER "
-        "--pretrain-epochs 8 --precision 32-true",
+        flags="--val 0.2 --seeds 3 --image-size 64 --epochs 10 --batch-size 16 --lr 0.01 --pretrain-data OTHER "
+        "--pretrain-epochs 6 --precision 32-true",
         other="lc25000",
         network="mobilenetv2_100",
         teacher="--network mobilenetv2_100 --val 0.2 --image-size 128 --epochs 20 --batch-size 32 --lr 0.01 "
@@ -86,7 +86,7 @@ TASKS = {
     ),
     "methods": Task(
         "lc25000",
-        flags="--val 0.2 --seeds 3 --student resnet10t --weights none --image-size 48 --epochs 8 --batch-size 32 "
+        flags="--val 0.2 --seeds 3 --student resnet10t --weights none --image-size 48 --epochs 6 --batch-size 32 "
         "--views 4 --precision 32-true",
         network="mobilenetv2_100",
         teacher="--network mobilenetv2_100 --val 0.2 --image-size 96 --epochs 8 --batch-size 32 --lr 0.01 "

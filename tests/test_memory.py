@@ -52,8 +52,8 @@ class Peak(threading.Thread):
 
 
 def use(root: Path, train: bool) -> None:
-    """Pack, and read every image in batches or train on them; leaves in ``root/peaks`` the peak of private memory on each number of images."""
-    # By itself glibc keeps what large blocks leave, tens of MB, until it has seen all their sizes; now it gives it back.
+    """Pack, then train or just read every image; leaves in ``root/peaks`` the most memory on each number of images."""
+    # By itself glibc keeps what large blocks leave, tens of MB, until it has seen all sizes; now it gives it back.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65_536)
     peaks = []
     for count in COUNTS:
