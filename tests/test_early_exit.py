@@ -20,12 +20,12 @@ from histill import cli
 from histill.deploy.early_exit import open_exits
 from histill.deploy.timing import latency
 from histill.errors import BadInput
+from histill.evaluate import figures
 from histill.evaluate.cost import macs
 from histill.evaluate.early_exit import (
     answers_of,
     cost,
     curve,
-    draw_curve,
     early_exit,
     exit_table,
     leave,
@@ -156,7 +156,7 @@ def test_a_run_is_judged_with_the_threshold_of_its_validation_images(run: Run, t
         "whole network",
         "early exit",
     ]
-    draw_curve(found, tmp_path / "curve.png")
+    figures.early_exit(found, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
     with pytest.raises(BadInput, match="a share from 0 to 1"):
         early_exit(run, loss=5)

@@ -37,7 +37,7 @@ def decode(path: Path) -> tuple[Image.Image, str]:
         OSError: the file cannot be read just now, whatever is in it.
     """
     try:
-        with Image.open(path) as picture:
+        with path.open("rb") as file, Image.open(file) as picture:  # a path Pillow would leave open if reading it fails
             picture.load()
             return _rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:

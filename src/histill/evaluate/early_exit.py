@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,32 +204,3 @@ def exit_table(found: dict[str, Any]) -> Table:
         f"validation ({100 * held['accuracy']:.1f} % against {100 * held['whole']:.1f} %). On the test images "
         f"{difference(found['gain'])} against the whole network, which is the mean of all exits.",
     )
-
-
-def draw_curve(found: dict[str, Any], path: Path) -> None:
-    """Accuracy against multiply-accumulates: every threshold, the fitted one, and each exit by itself."""
-    from histill.evaluate.figures import BLUE, INK, MUTED, VERMILION, _drawing
-
-    line, spent = found["curve"], found["macs"]
-    with _drawing(path, 4.8, 3.6) as figure:
-        ax = figure.subplots()
-        ax.step(
-            np.array(line["macs"]) / 1e6,
-            100 * np.array(line["accuracy"]),
-            where="post",
-            color=BLUE,
-            linewidth=1.2,
-            label="early exit, every threshold",
-        )
-        if "exits" in found:
-            values = [100 * figure_["value"] for figure_ in found["exits"]]
-            ax.plot(np.array(spent["exits"]) / 1e6, values, "D", color=MUTED, label="each exit alone")
-            for k, (x, y) in enumerate(zip(spent["exits"], values), 1):
-                ax.annotate(str(k), (x / 1e6, y), xytext=(5, -10), textcoords="offset points", color=MUTED)
-            ax.plot(spent["whole"] / 1e6, 100 * found["whole"]["value"], "s", color=INK, label="whole network")
-            value, low, high = (100 * found["accuracy"][key] for key in ("value", "low", "high"))
-            ax.vlines(spent["mean"] / 1e6, low, high, color=VERMILION, linewidth=1.4)
-            ax.plot(spent["mean"] / 1e6, value, "o", color=VERMILION, label="threshold from validation")
-        ax.set(xlabel="million multiply-accumulates per image", ylabel="accuracy, %", xlim=(0, None))
-        ax.grid(True)
-        figure.legend(loc="outside lower center", ncols=2)

@@ -28,6 +28,7 @@ __all__ = [
     "confusion",
     "confusions",
     "curves",
+    "early_exit",
     "gain",
     "gallery",
     "reliability",
@@ -317,6 +318,36 @@ def curves(lines: Mapping[str, Array], path: Path, *, xlabel: str = "epoch", yla
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(True, axis="y")
         ax.legend()
+
+
+def early_exit(found: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against multiply-accumulates: every threshold, the fitted one, and each exit by itself.
+
+    ``found`` is what `histill.evaluate.early_exit.early_exit` returns.
+    """
+    line, spent = found["curve"], found["macs"]
+    with _drawing(path, 4.8, 3.6) as figure:
+        ax = figure.subplots()
+        ax.step(
+            np.array(line["macs"]) / 1e6,
+            100 * np.array(line["accuracy"]),
+            where="post",
+            color=BLUE,
+            linewidth=1.2,
+            label="early exit, every threshold",
+        )
+        if "exits" in found:
+            values = [100 * figure_["value"] for figure_ in found["exits"]]
+            ax.plot(np.array(spent["exits"]) / 1e6, values, "D", color=MUTED, label="each exit alone")
+            for k, (x, y) in enumerate(zip(spent["exits"], values), 1):
+                ax.annotate(str(k), (x / 1e6, y), xytext=(5, -10), textcoords="offset points", color=MUTED)
+            ax.plot(spent["whole"] / 1e6, 100 * found["whole"]["value"], "s", color=INK, label="whole network")
+            value, low, high = (100 * found["accuracy"][key] for key in ("value", "low", "high"))
+            ax.vlines(spent["mean"] / 1e6, low, high, color=VERMILION, linewidth=1.4)
+            ax.plot(spent["mean"] / 1e6, value, "o", color=VERMILION, label="threshold from validation")
+        ax.set(xlabel="million multiply-accumulates per image", ylabel="accuracy, %", xlim=(0, None))
+        ax.grid(True)
+        figure.legend(loc="outside lower center", ncols=2)
 
 
 @contextlib.contextmanager

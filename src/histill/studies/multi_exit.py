@@ -16,7 +16,7 @@ from histill.distill import check_unseen
 from histill.errors import BadInput
 from histill.evaluate import figures
 from histill.evaluate.cost import macs
-from histill.evaluate.early_exit import draw_curve, early_exit, exit_table
+from histill.evaluate.early_exit import early_exit, exit_table
 from histill.evaluate.finish import exit_count, scores
 from histill.evaluate.intervals import figures_over_seeds
 from histill.evaluate.metrics import confusion
@@ -225,7 +225,7 @@ def _report(made: Study, data: Images, tables: Sequence[str], methods: Sequence[
     best = "ours-tl" if "ours-tl" in rows else "ours"
     found = early_exit(made.runs[best][0], loss=loss)
     home = made.out / "figures"
-    draw_curve(found, home / "early_exit.png")
+    figures.early_exit(found, home / "early_exit.png")
     matrices = {f"exit {k}": confusion(s[0]) for k, s in _by_exit(made, best).items() if k is not None}
     figures.confusions(matrices, data.classes, home / "exits.png")
     sections: list[Section] = [
