@@ -66,7 +66,8 @@ TASKS = {
     "dsnet": Task(
         "isic_derm",
         labels=("melanoma", "nevus"),
-        flags="--val 0.2 --positive melanoma --image-size 80 --epochs 20 --weights none",
+        flags="--val 0.2 --positive melanoma --image-size 80 --epochs 20 --weights none "
+        "--networks resnet50 resnet101 inception_v3 efficientnet_b0 mobilenet_v1 dsnet",
         network="mobilenetv1_100",
         teacher="--network mobilenet_v1 --val 0.2 --positive melanoma --image-size 128 --epochs 12 --batch-size 32 "
         "--lr 3e-4",
