@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from histill import cli
 from histill.data import phantom_field, phantom_slide
 from histill.data.phantom import KINDS, Phantom, draw, write_images, write_slide
 from histill.data.phantom_draw import stain_tissue
@@ -413,3 +415,15 @@ def test_a_slide_refuses(tmp_path: Path, wrong: dict[str, object]) -> None:
     with pytest.raises(BadInput):
         write_slide(tmp_path / "s.tiff", **({"width": 64, "height": 64} | wrong))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kinds", [["--kinds", "gland", "vacuolated"], ["--kinds", "gland", "--kinds", "vacuolated"]])
+def test_the_command_takes_several_values_after_a_flag_or_the_flag_several_times(
+    tmp_path: Path, kinds: list[str]
+) -> None:
+    out = tmp_path / "tissue"
+    assert (
+        cli.run(["data", "phantom", str(out), "--patients", "4", "--images-per-patient", "1", "--size", "24", *kinds])
+        == 0
+    )
+    assert set(pd.read_csv(out / "manifest.csv")["label"]) == {"gland", "vacuolated"}

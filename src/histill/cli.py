@@ -21,7 +21,7 @@ app = cyclopts.App(
     help="Distil large medical-image models into small ones, and prove what was gained and lost.\n\n"
     "For research use only. Not for diagnosis.",
     version_flags=["--version"],
-    default_parameter=cyclopts.Parameter(negative_iterable=()),
+    default_parameter=cyclopts.Parameter(negative_iterable=(), consume_multiple=True),
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fa
         BadInput: no such device, precision or logger here.
     """
     found = find_device(device)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the precision is in run.json
     if precision == "auto":
         precision = "bf16-mixed" if computes_bf16(found.type) else "32-true"
     world = int(os.environ.get("WORLD_SIZE", "1"))
