@@ -79,7 +79,7 @@ TASKS = {
     "multi-exit": Task(
         "herlev",
         flags="--val 0.2 --seeds 3 --image-size 64 --epochs 10 --batch-size 16 --lr 0.01 --pretrain-data OTHER "
-        "--pretrain-epochs 6 --precision 32-true",
+        "--pretrain-epochs 6 --methods at --precision 32-true",
         other="lc25000",
         network="mobilenetv2_100",
         teacher="--network mobilenetv2_100 --val 0.2 --image-size 128 --epochs 20 --batch-size 32 --lr 0.01 "
@@ -99,7 +99,7 @@ TASKS = {
         split=False,
         flags="--val 0.1 --test 0.1 --seeds 3 --image-size 64 --epochs 16 --batch-size 16 --network convnext_atto "
         "--weights none --teacher-network mobilenetv2_100 --teacher-weights WEIGHTS --teacher-epochs 10 "
-        "--networks tf_efficientnetv2_b0 --precision 32-true",
+        "--networks tf_efficientnetv2_b0 --alphas 0 0.5 1 --betas 0.5 1 2 --precision 32-true",
         network="mobilenetv2_100",
     ),
 }
