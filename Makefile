@@ -20,12 +20,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/histill demo --out $(OUT)
 
-# One thread: the tests are many small things, and two threads wait for one another more than they help.
+# The tests are many small things: processes of one thread each, as threads wait for one another more than they help.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	$(PYTEST)
 
 test-all: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 check: install
 	$(BIN)/ruff format --check src tests benchmarks

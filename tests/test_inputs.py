@@ -40,7 +40,7 @@ def test_the_objective_gets_the_outputs_of_all_that_was_shown(tmp_path: Path) ->
     shown = experiment(data, teacher=teacher, inputs=darkened, objective=halves, batch_size=100, epochs=1)
     run = hs.train(shown, tmp_path / "run", precision="32-true")
     torch.manual_seed(0)
-    network = Tiny()
+    network = Tiny().requires_grad_(False)
     packed = pack(data, SIZE)
     batch = packed.batch(np.array(packed.images.rows("train")))
     sure = teacher(batch)["logits"].softmax(1).amax(1)

@@ -48,7 +48,7 @@ class Experiment:
         views: how many distinct views each image has (None: a new one in every epoch). Views and epochs are
             independent: with 16 views and 100 epochs every view is seen about six times.
         cache: keep the teacher's outputs per view (True: in the cache folder; a path: there; False: ask every time).
-            Without effect where no view comes twice.
+            Runs with the same teacher, views and images share it. Without effect where ``views`` is None.
         cache_outputs: which of the teacher's outputs the objective uses.
         epochs: passes over the training images.
         batch_size: images per step of the optimiser, all processes together.

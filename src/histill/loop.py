@@ -400,12 +400,12 @@ def _judge_teacher(
 
 
 def _teacher(experiment: Experiment, packed: Packed, device: torch.device) -> Teacher | None:
-    """The teacher behind a cache, where its views come again.
+    """The teacher behind a cache, where views are counted: they come again, in this run or in the next one's.
 
     Part of the key is the kind of device, as on CUDA a teacher answers in bf16.
     """
     teacher, views = experiment.teacher, experiment.views
-    if teacher is None or not experiment.cache or views is None or views >= experiment.epochs:
+    if teacher is None or not experiment.cache or views is None:
         return teacher
     if isinstance(teacher, Cached) or not isinstance(teacher, Keyed):
         return teacher
