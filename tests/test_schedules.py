@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histill.schedules import constant, cosine, steps, warm_restarts, warmup
+from histill.schedules import constant, cosine, steps, warm_cosine, warm_restarts, warmup
 
 
 def test_constant_is_one() -> None:
@@ -53,3 +53,10 @@ def test_no_warm_up_is_the_other_schedule() -> None:
 def test_multipliers_lie_between_final_and_one(epoch: float, period: float, factor: float) -> None:
     for schedule in (cosine(period, final=0.1), warm_restarts(period, factor=factor, final=0.1)):
         assert 0.1 - 1e-12 <= schedule(epoch) <= 1 + 1e-12
+
+
+@pytest.mark.parametrize(("epochs", "warm"), [(30, 1.0), (4, 0.4)])
+def test_warm_cosine_warms_up_for_an_epoch_or_a_tenth(epochs: float, warm: float) -> None:
+    made, plain = warm_cosine(epochs), cosine(epochs)
+    assert made(warm / 2) == pytest.approx(plain(warm / 2) / 2, rel=0.01)
+    assert [made(warm + k) for k in range(3)] == [plain(warm + k) for k in range(3)]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-__all__ = ["Schedule", "constant", "cosine", "steps", "warm_restarts", "warmup"]
+__all__ = ["Schedule", "constant", "cosine", "steps", "warm_cosine", "warm_restarts", "warmup"]
 
 Schedule: TypeAlias = Callable[[float], float]
 
@@ -45,3 +45,8 @@ def steps(milestones: Sequence[float], *, factor: float = 0.1) -> Schedule:
 def warmup(epochs: float, then: Schedule) -> Schedule:
     """Linear from near 0 over the first ``epochs``, times ``then``."""
     return lambda epoch: then(epoch) * (min(1.0, (epoch + 1e-3) / epochs) if epochs > 0 else 1.0)
+
+
+def warm_cosine(epochs: float) -> Schedule:
+    """`cosine` with an epoch of warm-up, or a tenth of a run of fewer than ten epochs."""
+    return warmup(min(1.0, epochs / 10), cosine(epochs))

@@ -25,7 +25,7 @@ from histill.losses import cross_entropy, soft_cross_entropy
 from histill.models import DSNet, KerasHead, Timm
 from histill.recipes._start import start
 from histill.run import Run
-from histill.schedules import Schedule, constant, cosine, warmup
+from histill.schedules import Schedule, constant, warm_cosine
 from histill.teachers import Keyed, as_teacher
 from histill.types import Batch, Objective, Outputs, Terms
 
@@ -234,4 +234,4 @@ def _augment(name: Augments) -> Augment:
 
 
 def _schedule(name: Schedules, epochs: int) -> Schedule:
-    return constant() if name == "constant" else warmup(min(1.0, epochs / 10), cosine(epochs))
+    return constant() if name == "constant" else warm_cosine(epochs)

@@ -31,7 +31,7 @@ from histill.models import Regressors, Timm
 from histill.models.adapter import create
 from histill.recipes._start import start
 from histill.run import Run
-from histill.schedules import Schedule, constant, cosine, warmup
+from histill.schedules import Schedule, constant, warm_cosine
 from histill.teachers import Keyed, as_teacher
 from histill.types import Batch, Objective, Outputs, Terms
 
@@ -338,4 +338,4 @@ def _augment(name: Augments) -> Augment:
 
 
 def _schedule(name: Schedules, epochs: int) -> Schedule:
-    return constant() if name == "constant" else warmup(min(1.0, epochs / 10), cosine(epochs))
+    return constant() if name == "constant" else warm_cosine(epochs)

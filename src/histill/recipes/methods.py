@@ -25,7 +25,7 @@ from histill.recipes._methods import METHODS, Pair, Turning, labels_alone, lacks
 from histill.recipes._start import start
 from histill.recipes.dsnet import DERMOSCOPY
 from histill.run import Run, without_weights
-from histill.schedules import Schedule, constant, cosine, steps, warmup
+from histill.schedules import Schedule, constant, steps, warm_cosine
 from histill.teachers import Keyed, as_teacher
 from histill.types import Batch, Outputs
 
@@ -263,7 +263,7 @@ def _network(name: str, data: Images, weights: str) -> partial[nn.Module]:
 
 def _training(epochs: int, lr: float, schedule: Schedules, augment: Augments) -> dict[str, Any]:
     falling = steps([epochs * part for part in (5 / 8, 3 / 4, 7 / 8)])
-    chosen: Schedule = falling if schedule == "steps" else warmup(min(1.0, epochs / 10), cosine(epochs))
+    chosen: Schedule = falling if schedule == "steps" else warm_cosine(epochs)
     return {
         "optimizer": partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4),
         "schedule": chosen,
