@@ -5,7 +5,7 @@
 DATA holds the image folders named in `TASKS`, each with a ``labels.csv`` (file, label, split, group), and
 ``imagenet_mobilenet`` (ImageNet weights of MobileNet). A teacher that starts from those weights is trained first where
 the task names one; then `histill study NAME` runs. The summary, with task, settings and versions, goes to
-benchmarks/results/study-NAME.json, the tables to study-NAME.txt, the figures into the folder study-NAME.
+benchmarks/results/study-NAME.json, the tables to study-NAME.txt, the figures without images into the folder study-NAME.
 
 What the settings were chosen by is in benchmarks/LOG.md; none was chosen on test images.
 """
@@ -58,6 +58,9 @@ PUBLISHED = {
     "mobilenetv1_100": "mobilenet_v1_1.0_224_quant_embedding_extractor.npz",
     "mobilenetv2_100": "mobilenet_v2_1.0_224_quant.npz",
 }
+
+SHOW_IMAGES = ("gallery*", "attention*")
+"""Figures that show the images themselves, which are not ours to publish; they stay in OUT."""
 
 LUNG = ("lung_aca", "lung_n", "lung_scc")
 MAC = "--val 0.2 --background lung_n --image-size 80 --epochs 5 --batch-size 16 --lr 3e-4 --weights none"
@@ -193,7 +196,7 @@ def main() -> None:
     (RESULTS / f"study-{name}.txt").write_text(tables[: tables.rfind("\nreport:")] + "\n")
     pictures = RESULTS / f"study-{name}"
     shutil.rmtree(pictures, ignore_errors=True)
-    shutil.copytree(study / "figures", pictures)
+    shutil.copytree(study / "figures", pictures, ignore=shutil.ignore_patterns(*SHOW_IMAGES))
 
 
 if __name__ == "__main__":
