@@ -6,7 +6,7 @@ DATA holds ``isic_derm`` (518 ISIC images, melanoma and nevus, with a split by l
 (ImageNet weights of MobileNet V1). The teacher is one of the paper's networks, MobileNet V1 with its head, fine-tuned
 from ImageNet at 128 px; the student is DSNet at 64 px, alone and distilled with the same views, schedule and seeds.
 Everything that was chosen was chosen on validation (see benchmarks/LOG.md). The loss is Hinton's (T = 4, T squared), or
-with ``--loss paper`` that of the paper (T = 10 without T squared). What `histill distill` writes goes to OUT; the summary,
+with ``--loss paper`` the paper's (T = 10 without T squared). What `histill distill` writes goes to OUT; the summary,
 with settings, machine and command, to benchmarks/results/dermoscopy.json (dermoscopy-paper.json), the figure beside it.
 """
 
