@@ -75,14 +75,14 @@ TASKS = {
         teacher="--network mobilenet_v1 --val 0.2 --positive melanoma --image-size 128 --epochs 12 --batch-size 32 "
         "--lr 3e-4",
     ),
-    "mac-resnet": Task("lc25000", labels=LUNG, flags=f"{MAC} --tables 1 2 3 4 5 6 ladder", study="mac-resnet"),
+    "mac-resnet": Task("lc25000", labels=LUNG, flags=f"{MAC} --tables 4 5 6", study="mac-resnet"),
     "mac-resnet-distilled": Task(
         "lc25000", labels=LUNG, flags=f"{MAC} --tables distilled --seeds 3", study="mac-resnet"
     ),
     "multi-exit": Task(
         "herlev",
         flags="--val 0.2 --seeds 3 --image-size 64 --epochs 10 --batch-size 16 --lr 0.01 --pretrain-data OTHER "
-        "--pretrain-epochs 6 --methods at --precision 32-true",
+        "--pretrain-epochs 6 --tables 3 4 --precision 32-true",
         other="lc25000",
         network="mobilenetv2_100",
         teacher="--network mobilenetv2_100 --val 0.2 --image-size 128 --epochs 20 --batch-size 32 --lr 0.01 "
@@ -91,6 +91,7 @@ TASKS = {
     "methods": Task(
         "lc25000",
         flags="--val 0.2 --seeds 3 --student resnet10t --weights none --image-size 48 --epochs 6 --batch-size 32 "
+        "--methods ce kd dkd dist fitnet at review rkd pkt crd "
         "--views 4 --precision 32-true",
         network="mobilenetv2_100",
         teacher="--network mobilenetv2_100 --val 0.2 --image-size 96 --epochs 8 --batch-size 32 --lr 0.01 "
