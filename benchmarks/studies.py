@@ -91,7 +91,7 @@ TASKS = {
     "methods": Task(
         "lc25000",
         flags="--val 0.2 --seeds 3 --student resnet10t --weights none --image-size 48 --epochs 6 --batch-size 32 "
-        "--methods ce kd dkd dist fitnet at review rkd pkt crd "
+        "--methods ce kd dkd dist fitnet at rkd pkt crd "
         "--views 4 --precision 32-true",
         network="mobilenetv2_100",
         teacher="--network mobilenetv2_100 --val 0.2 --image-size 96 --epochs 8 --batch-size 32 --lr 0.01 "
