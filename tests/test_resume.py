@@ -253,6 +253,14 @@ def test_other_settings_are_refused_by_name(tmp_path: Path, data: Images, name: 
         hs.train(experiment(data, **change), run.path, resume=True)
 
 
+def test_a_finished_run_is_not_taken_for_that_of_another_teacher(tmp_path: Path, data: Images) -> None:
+    taught = {seed: experiment(data, objective=both, teacher=Counting(seed)) for seed in (1, 2)}
+    run = hs.train(taught[1], tmp_path / "run")
+    assert hs.train(taught[1], run.path, resume=True).finished
+    with pytest.raises(BadInput, match="is finished, with teacher counting 1, not counting 2"):
+        hs.train(taught[2], run.path, resume=True)
+
+
 def test_other_images_are_refused(tmp_path: Path, data: Images) -> None:
     run = hs.train(experiment(data), tmp_path / "run", keep_checkpoint=True)
     undone(run.path)

@@ -157,11 +157,13 @@ def _commit() -> str | None:
 def check_finished(before: dict[str, Any], experiment: Experiment, out: Path) -> None:
     """Refuse to take a finished run for another experiment (`BadInput` names what differs).
 
-    Compared is what needs no image to be read: the network, the data and the recipe's plain arguments.
+    Compared is what needs no image to be read: the network, the data, the teacher and the recipe's plain arguments.
     """
     there, here = (_comparable(r) for r in (before["recipe"], json.loads(json.dumps(experiment.recipe))))
     there["network"], here["network"] = before["network"]["function"], describe(experiment.student)["function"]
     there["data"], here["data"] = before["data"]["split_hash"], experiment.data.split_hash
+    there["teacher"] = (before["teacher"] or {}).get("key")
+    here["teacher"] = None if experiment.teacher is None else getattr(experiment.teacher, "key", "")
     for name in here.keys() & there.keys():
         if here[name] != there[name]:
             raise BadInput(f"{out} is finished, with {name} {there[name]}, not {here[name]}; give another --out")
