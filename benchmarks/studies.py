@@ -41,7 +41,6 @@ class Task:
             from the ImageNet weights.
         network: whose ImageNet weights these are, by timm's name.
         study: its name, where the task has another.
-        taught_by: the recipe of the teacher, where that is another's.
         other: a second folder in DATA, for what is learnt before; OTHER stands for it in the flags.
     """
 
@@ -52,7 +51,6 @@ class Task:
     teacher: str = ""
     network: str = ""
     study: str = ""
-    taught_by: str = ""
     other: str = ""
 
 
@@ -96,8 +94,8 @@ TASKS = {
         "--methods ce kd dkd dist fitnet at rkd pkt crd "
         "--views 4 --precision 32-true",
         network="mobilenetv2_100",
-        teacher="--network mobilenetv2_100 --val 0.2 --image-size 96 --epochs 8 --batch-size 32 --precision 32-true",
-        taught_by="kd-convnext",
+        teacher="--network mobilenetv2_100 --val 0.2 --image-size 96 --epochs 20 --batch-size 32 --lr 0.01 "
+        "--precision 32-true",
     ),
     "kd-convnext": Task(
         "lc25000",
