@@ -79,6 +79,9 @@ TASKS = {
     "mac-resnet-distilled": Task(
         "lc25000", labels=LUNG, flags=f"{MAC} --tables distilled --seeds 3", study="mac-resnet"
     ),
+    "mac-resnet-blocks": Task(
+        "lc25000", labels=LUNG, flags=f"{MAC} --tables 1 2 3 ladder --seeds 3", study="mac-resnet"
+    ),
     "multi-exit": Task(
         "herlev",
         flags="--val 0.2 --seeds 3 --image-size 64 --epochs 10 --batch-size 16 --lr 0.01 --pretrain-data OTHER "
@@ -91,7 +94,6 @@ TASKS = {
     "methods": Task(
         "lc25000",
         flags="--val 0.2 --seeds 3 --student resnet10t --weights none --image-size 48 --epochs 6 --batch-size 32 "
-        "--methods ce kd dkd dist fitnet at rkd pkt crd "
         "--views 4 --precision 32-true",
         network="mobilenetv2_100",
         teacher="--network mobilenetv2_100 --val 0.2 --image-size 96 --epochs 20 --batch-size 32 --lr 0.01 "
@@ -101,9 +103,9 @@ TASKS = {
         "lc25000",
         labels=LUNG,
         split=False,
-        flags="--val 0.1 --test 0.1 --seeds 3 --image-size 64 --epochs 16 --batch-size 16 --network convnext_atto "
+        flags="--val 0.1 --test 0.1 --seeds 5 --image-size 64 --epochs 16 --batch-size 16 --network convnext_atto "
         "--weights none --teacher-network mobilenetv2_100 --teacher-weights WEIGHTS --teacher-epochs 10 "
-        "--networks tf_efficientnetv2_b0 --alphas 0 0.5 1 --betas 0.5 1 2 --precision 32-true",
+        "--networks tf_efficientnetv2_b0 davit_tiny coatnet_nano_rw_224 --alphas 0 0.5 1 --betas 0.5 1 2 --precision 32-true",
         network="mobilenetv2_100",
     ),
 }

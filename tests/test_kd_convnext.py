@@ -21,7 +21,7 @@ from histill.data import Images, read_images, split
 from histill.errors import BadInput
 from histill.models import Regressors
 from histill.recipes import kd_convnext
-from histill.recipes.kd_convnext import Distilled, class_weights, probe, pyramid, stages
+from histill.recipes.kd_convnext import Distilled, channel_norm, class_weights, probe, pyramid, stages
 from histill.teachers import Frozen
 from histill.types import Batch, Outputs, total
 
@@ -105,6 +105,19 @@ def test_figure_5_has_the_absolute_difference_and_hinton_the_square_of_the_tempe
     terms = distilled(doubling(), distance="l1", t_squared=True)(STUDENT, TEACHER, batch([0, 1]))
     assert float(terms["features"][1]) == pytest.approx(3 + 5 + 7 + 9)
     assert terms["soft"][0] == pytest.approx(0.7 * 16)
+
+
+def test_normalised_the_teachers_features_have_mean_0_and_variance_1_over_the_channels_of_a_place() -> None:
+    features = 50 * torch.randn(2, 6, 3, 3) + 7
+    for row, place in ((0, (1, 2)), (1, (0, 0))):
+        at = features[row, :, *place]
+        expected = (at - at.mean()) / at.std(correction=0)
+        assert torch.allclose(channel_norm(features)[row, :, *place], expected, atol=1e-4)
+    silent = [torch.zeros(2, 1, side, side) for side in (8, 4, 2, 1)]
+    loud = Outputs(outputs([[0.0, 0.0]] * 2, [m + 40 for m in MAPS]))  # one channel: whatever it is, it is its own mean
+    student = Outputs(outputs([[0.0, 0.0]] * 2, silent))
+    terms = distilled(doubling(), normalized=True)(student, loud, batch([0, 1]))
+    assert float(terms["features"][1]) == pytest.approx(4.0)  # phi_s(0) = 1 against 0, at four stages
 
 
 def test_of_two_maps_the_larger_is_averaged_down() -> None:

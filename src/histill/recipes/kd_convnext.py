@@ -54,6 +54,8 @@ class Distilled(nn.Module):
         logits: False leaves L2 out.
         class_weights: ``(C,)``, alpha_t of Eq. 4.
         distance: between features: ``mse``, the square of Eq. 1, or ``l1``, the absolute value of Figure 5.
+        normalized: phi_t of Eq. 1 brings the teacher's channels at each place to mean 0 and variance 1, as a layer norm
+            does; else phi_t is the identity.
         t_squared: multiply L2 by T squared, as Hinton et al. do and the paper does not.
     """
 
@@ -68,9 +70,11 @@ class Distilled(nn.Module):
         gamma: float,
         temperature: float,
         distance: Literal["mse", "l1"] = "mse",
+        normalized: bool = False,
         t_squared: bool = False,
     ) -> None:
         super().__init__()
+        self.phi_t = channel_norm if normalized else nn.Identity()
         self.phi, self.logits, self.class_weights = regressors, logits, class_weights
         self.alpha, self.beta, self.gamma, self.temperature = alpha, beta, gamma, temperature
         self.distance = hint if distance == "mse" else absolute
@@ -78,8 +82,8 @@ class Distilled(nn.Module):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
         z_s, terms = student["logits"], {}
-        if self.phi is not None:  # Eq. 1: sum over the stages of mean (f_t - phi_s(f_s))^2
-            f_s, f_t = self.phi(pyramid(student)), pyramid(teacher)
+        if self.phi is not None:  # Eq. 1: sum over the stages of mean (phi_t(f_t) - phi_s(f_s))^2
+            f_s, f_t = self.phi(pyramid(student)), [self.phi_t(f) for f in pyramid(teacher)]
             pairs = [_same_size(s, t) for s, t in zip(f_s, f_t, strict=True)]
             terms["features"] = (self.alpha, torch.stack([self.distance(s, t) for s, t in pairs]).sum())
         if self.logits:  # Eqs. 2 and 3
@@ -103,6 +107,11 @@ def graded(logits: Tensor, label: Tensor, class_weights: Sequence[float], gamma:
 def absolute(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean absolute difference of features, which Figure 5 speaks of where Eq. 1 has the square."""
     return F.l1_loss(student, teacher.detach())
+
+
+def channel_norm(features: Tensor) -> Tensor:
+    """``(B, C, H, W)`` with mean 0 and variance 1 over the channels of each place: a layer norm without weights."""
+    return F.layer_norm(features.movedim(1, -1), features.shape[1:2]).movedim(-1, 1)
 
 
 def pyramid(outputs: Outputs) -> list[Tensor]:
@@ -202,6 +211,7 @@ def student(
     features: bool = True,
     logits: bool = True,
     distance: Literal["mse", "l1"] = "mse",
+    normalized: bool = False,
     t_squared: bool = False,
     patience: int | None = None,
     ema: float | None = None,
@@ -232,6 +242,8 @@ def student(
         features: compare the features of the four stages.
         logits: compare the softened answers.
         distance: of features, mse as in Eq. 1 or l1 as Figure 5 says.
+        normalized: bring the teacher's features to variance 1 first; a teacher without layer norms, such as
+            MobileNetV2, has features of other sizes than Swin, for which alpha and beta are.
         t_squared: multiply the soft term by T squared, as Hinton et al. do and the paper does not.
         patience: stop after so many epochs without a better validation figure.
         ema: decay of a moving average of the weights, which is then what is kept.
@@ -263,6 +275,7 @@ def student(
             gamma=gamma,
             temperature=temperature,
             distance=distance,
+            normalized=normalized,
             t_squared=t_squared,
         )
     return Experiment(

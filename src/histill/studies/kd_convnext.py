@@ -55,6 +55,7 @@ ROWS = {
     "logits": "+ logits KD",
     "features": "+ feature KD",
     "kd-convnext": "KD_ConvNeXt",
+    "normalized": "KD_ConvNeXt, features normalised (not in the paper)",
 }
 """Table 2: a row's runs, and its title."""
 
@@ -146,6 +147,7 @@ def study(
     if "2" in tables:
         distil("logits", features=False)
         distil("features", logits=False)
+        distil("normalized", normalized=True)
     for name in compared:
         learn(name, network=name)
     sweep: dict[tuple[float, float], str] = {}
@@ -229,7 +231,7 @@ def _table_2(rows: Sequence[str], test: dict[str, Any], gains: dict[str, Any]) -
     for row in rows:
         own = [_spread(test[row][name]) for name in FIGURES]
         gain = "-" if row == "convnext" else difference(gains[row]["accuracy"])
-        cells.append([ROWS[row], *own, gain, " ".join(f"{v:.4f}" for v in PAPER["rows"][row])])
+        cells.append([ROWS[row], *own, gain, " ".join(f"{v:.4f}" for v in PAPER["rows"].get(row, ())) or "-"])
     return Table(
         ["", *HEADINGS, "accuracy minus ConvNeXt", "paper: accuracy, P, R, F1"],
         cells,
