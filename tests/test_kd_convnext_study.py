@@ -65,7 +65,7 @@ def test_the_sweep_is_judged_on_validation_and_done_once(tmp_path: Path) -> None
     data, out = table(tmp_path / "data"), tmp_path / "study"
     arguments: dict[str, Any] = SMALL | {"tables": ("2", "sweep"), "alphas": (0, 0.5), "betas": (1, 2), "seeds": 1}
     text = study(data, out=out, **arguments)
-    rows = ("convnext", "swin", "logits", "features", "kd-convnext", "alpha0-beta1", "alpha0.5-beta2")
+    rows = ("convnext", "swin", "logits", "features", "kd-convnext", "normalized", "alpha0-beta1", "alpha0.5-beta2")
     made = {f"{name}-seed0" for name in rows}
     assert {path.name for path in (out / "runs").iterdir()} == made
     summary = json.loads((out / "summary.json").read_text())
