@@ -260,6 +260,14 @@ def losses() -> None:
     _print(table())
 
 
+@app.command
+def teachers() -> None:
+    """Pathology foundation models as teachers: width, size, licence, access, when to use which."""
+    from histill.models.foundation import table
+
+    _print(table())
+
+
 @data_app.command
 def check(data: Path, *, patient: str | None = None, out: Path | None = None, strict: bool = False) -> None:
     """Classes, sizes, copies across splits, unreadable files, a contact sheet.

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from histill.models.cifar import Cifar
     from histill.models.csat import CSAT, SAT, ResNet18SAT
     from histill.models.dsnet import DSNet
+    from histill.models.foundation import Foundation
     from histill.models.keras import KerasHead
     from histill.models.mac_resnet import MACResNet, attention_crop
     from histill.models.msdnet import MSDNet
@@ -26,6 +27,7 @@ __all__ = [
     "SCAN",
     "Cifar",
     "DSNet",
+    "Foundation",
     "KerasHead",
     "MACResNet",
     "MSDNet",
@@ -48,6 +50,7 @@ _HOMES = {
     "SCAN": "scan",
     "Cifar": "cifar",
     "DSNet": "dsnet",
+    "Foundation": "foundation",
     "KerasHead": "keras",
     "MACResNet": "mac_resnet",
     "MSDNet": "msdnet",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from histill.errors import BadInput, Failed
 from histill.files import atomic, cache_dir
 
-__all__ = ["hub", "imagenet", "load_weights", "read_weights"]
+__all__ = ["fill", "hub", "imagenet", "load_weights", "read_weights"]
 
 _TIMEOUT_S = 5
 _WRAPPERS = ("module.", "_orig_mod.", "backbone.", "network.")
@@ -61,6 +61,24 @@ def load_weights(
         given = imagenet(pretrained)
     else:
         given = read_weights(weights)
+    fill(module, given, source=str(weights), fresh=fresh)
+
+
+def fill(
+    module: nn.Module, given: dict[str, Tensor], *, source: str, fresh: Sequence[str] = (), assign: bool = False
+) -> None:
+    """Give ``module`` the tensors of the same names and shapes, as `load_weights` does.
+
+    Args:
+        module: The network to fill.
+        given: Named tensors.
+        source: Where they are from, for the error.
+        fresh: See `load_weights`.
+        assign: Take the tensors themselves, for a module on the meta device, which has no memory of its own.
+
+    Raises:
+        BadInput: They leave anything but ``fresh`` unfilled.
+    """
     given = {_bare(name): tensor for name, tensor in given.items()}
     own = module.state_dict()
     fresh = (*fresh, "*num_batches_tracked")
@@ -74,10 +92,10 @@ def load_weights(
     if unfilled or not fitting:
         more = f" and {len(unfilled) - 3} more" if len(unfilled) > 3 else ""
         raise BadInput(
-            f"{weights} does not fit {type(module).__name__}: "
+            f"{source} does not fit {type(module).__name__}: "
             f"it has no {', '.join(unfilled[:3]) or 'weight of the same name and shape'}{more}"
         )
-    module.load_state_dict(fitting, strict=False)
+    module.load_state_dict(fitting, strict=False, assign=assign)
 
 
 def read_weights(weights: str | Path) -> dict[str, Tensor]:
