@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from histill.data.images import Images
 from histill.data.views import Augment
 from histill.errors import BadInput
+from histill.evaluate.task import task_of
 from histill.schedules import Schedule, constant
 from histill.types import Batch, Objective, Outputs, Teacher
 
@@ -34,7 +35,8 @@ class Experiment:
     """What `histill.train` needs to know. Recipes make these; every field is a plain value or function.
 
     Attributes:
-        data: the images with their splits (`histill.split`).
+        data: the images with their splits (`histill.split`): with labels, with masks (`histill.data.read_masks`), or
+            without either (`histill.data.read_unlabelled`), which a teacher or the images themselves must then teach.
         student: makes the network: a `functools.partial` of a class or function with keyword arguments that JSON can
             hold, so that the run folder can make it again.
         objective: ``(student, teacher, batch) -> {name: (weight, loss)}``.
@@ -58,8 +60,9 @@ class Experiment:
         clip: largest norm of the gradient, if any.
         ema: decay of an exponential moving average of the weights, which is then what is validated and kept.
         patience: stop after so many epochs without a better validation figure, if any.
-        select: which epoch's weights are kept: that with the best ``balanced_accuracy``, ``accuracy``, ``auroc`` or
-            ``loss`` on validation (ties: the lower validation loss, then the earlier epoch), or the ``last``.
+        select: which epoch's weights are kept: that with the best ``balanced_accuracy`` (the default), ``accuracy``,
+            ``auroc`` or ``loss`` on validation (ties: the lower validation loss, then the earlier epoch), or the
+            ``last``. Of masks ``miou`` (the default), ``mdice``, ``loss`` or ``last``; of unlabelled images ``last``.
         seed: of initialisation, order, views and dropout.
         positive: the class that sensitivity and specificity are about (default: the mean over all classes).
         strict: an unreadable image is an error.
@@ -85,7 +88,7 @@ class Experiment:
     clip: float | None = None
     ema: float | None = None
     patience: int | None = None
-    select: str = "balanced_accuracy"
+    select: str = ""
     seed: int = 0
     positive: str | None = None
     strict: bool = False
@@ -98,8 +101,11 @@ class Experiment:
         for name in ("views", "patience"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise BadInput(f"{name}={value}: must be at least 1")
-        if self.select not in SELECTIONS:
-            raise BadInput(f"select={self.select!r}: one of {', '.join(SELECTIONS)}")
+        known = task_of(self.data).SELECTIONS
+        if not self.select:
+            object.__setattr__(self, "select", known[0])
+        if self.select not in known:
+            raise BadInput(f"select={self.select!r}: one of {', '.join(known)}")
         if self.patience is not None and self.select == "last":
             raise BadInput("patience waits for a better epoch, and select='last' knows none; give one of them")
         if self.ema is not None and not 0 < self.ema < 1:
@@ -108,9 +114,6 @@ class Experiment:
             raise BadInput(f"clip={self.clip}: above 0")
         if self.positive is not None and self.positive not in self.data.classes:
             raise BadInput(f"positive={self.positive!r}: the classes are {', '.join(self.data.classes)}")
-
-
-SELECTIONS = ("balanced_accuracy", "accuracy", "auroc", "loss", "last")
 
 
 def recipe(function: Callable[P, Experiment]) -> Callable[P, Experiment]:

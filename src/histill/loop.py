@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from histill.data.images import Images
 from histill.data.packed import Packed, pack
 from histill.errors import BadInput, Failed
-from histill.evaluate.metrics import Scores, metrics
-from histill.evaluate.predict import predict_rows
+from histill.evaluate import labels
+from histill.evaluate.task import task_of
 from histill.experiment import Experiment
 from histill.files import atomic, cache_dir, digest, locked, read_json, sweep, write_json, writing
 from histill.machine import launch, logged
@@ -37,8 +37,6 @@ from histill.teachers import Cached, Keyed
 from histill.types import Batch, Outputs, Teacher, Terms, total
 
 __all__ = ["train"]
-
-_VALIDATION = ("accuracy", "balanced_accuracy", "auroc")
 
 
 class Learner(nn.Module):
@@ -326,26 +324,16 @@ def _close_epoch(
         **{f"weight/{n}": weight[n] for n in names},
     }
     if len(val) and fabric.is_global_zero:
-        said = predict_rows(judged, packed, val, device=fabric.device)["logits"]
-        if not np.isfinite(said).all():
+        task = task_of(packed.images)
+        said = task.ask(judged, packed, val, device=fabric.device)
+        if not all(np.isfinite(values).all() for values in said.values()):
             raise Failed(
                 f"the network gives no finite logits after epoch {state.epoch}; lower --lr, or clip the gradient"
             )
-        row |= {f"val/{n}": v for n, v in _validate(said, packed, val).items()}
+        row |= {f"val/{n}": v for n, v in task.validate(said, packed, val).items()}
     row = dict(fabric.broadcast(row))  # batch norms differ between processes; what they decide must not
     state.log.append(row)
     return row
-
-
-def _validate(logits: NDArray[np.float64], packed: Packed, rows: NDArray[np.int64]) -> dict[str, float]:
-    labels = packed.labels[torch.from_numpy(rows)].numpy()
-    log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    scores = Scores(labels, np.exp(log_p), np.arange(len(rows)))
-    figures = metrics(scores, names=_VALIDATION)
-    return {
-        "loss": float(-log_p[np.arange(len(rows)), labels].mean()),
-        **{n: float(figures[n][0]) for n in _VALIDATION},
-    }
 
 
 def _better(experiment: Experiment, state: State, row: dict[str, float]) -> bool:
@@ -374,14 +362,17 @@ def _rule(experiment: Experiment) -> str:
 
 def _advance(bar: Bar, state: State, experiment: Experiment, images: int) -> None:
     last = state.log[-1] if state.log else {}
-    figure = f" val {last['val/balanced_accuracy']:.3f}" if "val/balanced_accuracy" in last else ""
+    shown = "balanced_accuracy" if experiment.select in ("last", "loss") else experiment.select
+    figure = f" val {last[f'val/{shown}']:.3f}" if f"val/{shown}" in last else ""
     bar.advance(images, f"epoch {state.epoch + 1}/{experiment.epochs}{figure}")
 
 
 def _judge_teacher(
     teacher: Teacher, experiment: Experiment, packed: Packed, val: NDArray[np.int64], fabric: Fabric
 ) -> dict[str, Any]:
-    """What the teacher knows of the validation images, before the student starts."""
+    """What the teacher knows of the labels of the validation images, before the student starts."""
+    if task_of(packed.images) is not labels:
+        return {}
     teacher = getattr(teacher, "teacher", teacher) if isinstance(teacher, Cached) else teacher
     said = []
     for start in range(0, len(val), 64):
@@ -390,7 +381,7 @@ def _judge_teacher(
         if "logits" not in outputs or outputs["logits"].shape[1:] != (len(experiment.data.classes),):
             return {}
         said.append(outputs["logits"].double().cpu().numpy())
-    figures = _validate(np.concatenate(said), packed, val)
+    figures = labels.validate({"logits": np.concatenate(said)}, packed, val)
     share, chance = figures["balanced_accuracy"], 1 / len(experiment.data.classes)
     if share < chance + 2 * math.sqrt(chance * (1 - chance) / len(val)):
         notice(
@@ -456,14 +447,13 @@ def _finish(
     fabric: Fabric,
 ) -> None:
     """Leave the run folder whole: weights, predictions, figures, page, and last of all the word that it is finished."""
-    from histill.evaluate.finish import finish, predictions
-
+    task = task_of(packed.images)
     rows_judged = np.concatenate([rows["val"], rows["test"]])
 
     def judge(file: str) -> None:
-        said = predict_rows(judged, packed, rows_judged, device=fabric.device)
+        said = task.ask(judged, packed, rows_judged, device=fabric.device)
         with atomic(out / file) as temporary:
-            predictions(packed.images, rows_judged, said).to_parquet(temporary, index=False)
+            task.predictions(packed.images, rows_judged, said).to_parquet(temporary, index=False)
 
     if experiment.select != "last":
         judge("last.parquet")
@@ -477,7 +467,7 @@ def _finish(
     }
     started = datetime.fromisoformat(info["started"])
     info |= {"epochs_run": state.epoch, "seconds": (datetime.now(UTC) - started).total_seconds()}
-    finish(out, info)
+    task.finish(out, info)
     write_json(out / "run.json", info | {"status": "finished"})
 
 

@@ -44,14 +44,18 @@ class Batch(NamedTuple):
         labels: ``(B,)`` class numbers, -1 for an unlabelled image.
         ids: ``(B,)`` row numbers of the images in their table.
         views: ``(B,)`` view numbers; view 0 of evaluation is the image itself.
-        render: the same views at another size, ``size -> (B, 3, size, size)``, for a teacher that looks closer.
+        render: the same views at another size, ``size -> (B, 3, size, size)``, for a teacher that looks closer; with
+            ``twin=1`` another, independent view of each image, for what learns from two views.
+        masks: ``(B, H, W)`` moved with the view: class numbers or, of nuclei, instance numbers (0: none); -1 where
+            nobody knows. None where the images have no masks.
     """
 
     images: Tensor
     labels: Tensor
     ids: Tensor
     views: Tensor
-    render: Callable[[int], Tensor]
+    render: Callable[..., Tensor]
+    masks: Tensor | None = None
 
     def at(self, size: int | None) -> Tensor:
         """The images at ``size`` pixels (the batch's own where it is None)."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tarfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from histill.data.unpack import read_member
 from histill.errors import BadInput
 from histill.files import atomic
 from histill.progress import progress
@@ -65,14 +65,4 @@ def _records(archive: Path, split: str) -> NDArray[np.uint8]:
 
 
 def _member(archive: Path, name: str, most: int = 10_000) -> bytes:
-    """A file of the archive, one byte more than ``most`` at the most; nothing is written by the archive's names."""
-    try:
-        with tarfile.open(archive) as tar:
-            file = tar.extractfile(f"cifar-100-binary/{name}")
-            if file is None:
-                raise KeyError(name)
-            return file.read(most + 1)
-    except FileNotFoundError:
-        raise BadInput(f"{archive} does not exist") from None
-    except (KeyError, tarfile.TarError, EOFError, OSError) as error:
-        raise BadInput(f"{archive}: not cifar-100-binary.tar.gz ({' '.join(str(error).split())})") from None
+    return read_member(archive, f"cifar-100-binary/{name}", "cifar-100-binary.tar.gz", most)

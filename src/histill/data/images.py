@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import pandas as pd
 
@@ -21,6 +21,7 @@ from histill.progress import progress
 
 __all__ = ["SPLITS", "UNLABELLED", "Images", "few", "images_below", "of_each", "read_images", "read_unlabelled"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 SPLITS = ("train", "val", "test")
@@ -29,7 +30,7 @@ UNLABELLED = ""
 
 _CHUNK = 64
 
-COLUMNS = ("path", "label", "patient", "split", "mask", "site", "content")
+COLUMNS = ("path", "label", "patient", "split", "mask", "site", "content", "mask_content")
 _SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -46,16 +47,19 @@ class Images:
 
     Attributes:
         frame: a row per image: ``path`` (relative to ``root``), ``label``, ``patient``, ``split``, ``mask``, ``site``
-            (empty where unknown) and ``content``, the SHA-256 of the file.
+            (empty where unknown) and ``content``, the SHA-256 of the file; ``mask_content`` that of its mask.
         root: the folder that the paths are relative to.
-        classes: the class names; a class number is a place in it.
+        classes: the class names; a class number is a place in it. None of unlabelled images.
         notices: what was noticed while reading, one line each.
+        masks: what is learnt: "" of images with labels or without, ``classes`` where a mask gives each pixel's class
+            number, ``instances`` where it gives the number of the nucleus that the pixel is in.
     """
 
     frame: pd.DataFrame
     root: Path
     classes: tuple[str, ...]
     notices: tuple[str, ...] = ()
+    masks: Literal["", "classes", "instances"] = ""
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -72,13 +76,9 @@ class Images:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of contents, labels and patients: the data set, wherever it lies."""
-        return digest(
-            [
-                self.classes,
-                *sorted(self.frame[["content", "label", "patient"]].values.tolist()),
-            ]
-        )
+        """SHA-256 of contents, labels, masks and patients: the data set, wherever it lies."""
+        columns = ["content", "label", "patient", *(["mask_content"] if self.masks else [])]
+        return digest([self.classes, *sorted(self.frame[columns].values.tolist())])
 
     @property
     def split_hash(self) -> str:
@@ -100,7 +100,7 @@ class Images:
     def save(self, path: Path) -> None:
         """Write the table as a manifest beside its root (`Images.load` reads it)."""
         with atomic(path) as temporary:
-            header = {"root": str(self.root.resolve()), "classes": self.classes}
+            header = {"root": str(self.root.resolve()), "classes": self.classes, "masks": self.masks}
             text = (
                 f"# {json.dumps(header, ensure_ascii=False)}\n{self.frame.to_csv(index=False, quoting=csv.QUOTE_ALL)}"
             )
@@ -113,7 +113,10 @@ class Images:
             with Path(path).open(encoding="utf-8", newline="") as file:
                 header = json.loads(file.readline().removeprefix("# "))
                 frame = pd.read_csv(file, dtype=str, keep_default_na=False)
-            return cls(frame[list(COLUMNS)], Path(header["root"]), tuple(header["classes"]))
+            if missing := set(COLUMNS) - {"mask_content"} - set(frame):
+                raise ValueError(f"no column {few(sorted(missing))}")
+            masks = header.get("masks", "")
+            return cls(complete(frame), Path(header["root"]), tuple(header["classes"]), masks=masks)
         except FileNotFoundError:
             raise BadInput(f"{path} does not exist") from None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -127,7 +130,7 @@ def few(names: Iterable[object], most: int = 5) -> str:
     return ", ".join(listed[:most]) + more
 
 
-def of_each(paths: Sequence[Path], function: Callable[[Path], T], what: str) -> Iterator[T]:
+def of_each(paths: Sequence[S], function: Callable[[S], T], what: str) -> Iterator[T]:
     """``function`` of each path, in order, by threads and under a bar; 64 at a time, however many there are."""
     with progress(what, len(paths)) as bar, ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), _CHUNK):
@@ -222,12 +225,13 @@ def check_leaks(images: Images) -> None:
             )
 
 
+def complete(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with all of `COLUMNS`, in their order; what is not there is unknown."""
+    return frame.reindex(columns=list(COLUMNS), fill_value="")
+
+
 def _frame(**columns: Sequence[str] | str) -> pd.DataFrame:
-    frame = pd.DataFrame(dict(columns))
-    for column in COLUMNS:
-        if column not in frame:
-            frame[column] = ""
-    return frame
+    return complete(pd.DataFrame(dict(columns)))
 
 
 def images_below(folder: Path) -> list[Path]:

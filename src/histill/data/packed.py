@@ -16,7 +16,8 @@ from torch import Tensor
 
 from histill.data.decode import decode, square
 from histill.data.images import Images, check_leaks, few, of_each
-from histill.data.views import NONE, Augment, render
+from histill.data.masks import UNKNOWN, pack_masks
+from histill.data.views import NONE, Augment, follow, render, twin_of
 from histill.errors import BadInput, Failed
 from histill.files import cache_dir, digest, locked, read_json, write_json
 from histill.types import Batch
@@ -37,6 +38,7 @@ class Packed:
         stored: ``(N,)`` where in ``pixels`` each image lies.
         labels: ``(N,)`` class numbers, -1 for unlabelled.
         sized: the same images at another size.
+        masks: ``(N, S, S)`` uint16, memory-mapped, where the images have masks.
     """
 
     images: Images
@@ -44,6 +46,7 @@ class Packed:
     stored: NDArray[np.int64]
     labels: Tensor
     sized: Callable[[int], Packed]
+    masks: NDArray[np.uint16] | None = None
 
     def batch(
         self,
@@ -61,12 +64,17 @@ class Packed:
         ids = torch.from_numpy(rows)
         views = torch.zeros_like(ids) if views is None else views
 
-        def at(size: int) -> Tensor:
+        def at(size: int, twin: int = 0) -> Tensor:
             packed = self if size == self.size else self.sized(size)
             pixels = torch.from_numpy(packed.pixels[packed.stored[rows]]).to(device, non_blocking=True)
-            return render(pixels, ids, views, augment=augment, seed=seed)
+            return render(pixels, ids, twin_of(views, twin), augment=augment, seed=seed)
 
-        return Batch(at(self.size), self.labels[ids].to(device), ids, views, at)
+        masks = None
+        if self.masks is not None:
+            drawn = torch.from_numpy(self.masks[rows].astype(np.int64)).to(device, non_blocking=True)
+            drawn = torch.where(drawn == UNKNOWN, -1, drawn)
+            masks = follow(drawn, ids, views, augment=augment, seed=seed)
+        return Batch(at(self.size), self.labels[ids].to(device), ids, views, at, masks)
 
     @property
     def size(self) -> int:
@@ -108,7 +116,8 @@ def pack(images: Images, size: int, *, strict: bool = False, folder: Path | None
     numbers = {name: i for i, name in enumerate(images.classes)}
     labels = torch.tensor([numbers.get(label, -1) for label in readable.frame["label"]])
     sized = cache(partial(pack, images, folder=folder))
-    return Packed(readable, pixels, (~bad).to_numpy().nonzero()[0], labels, sized)
+    masks = pack_masks(readable, size, folder) if images.masks else None
+    return Packed(readable, pixels, (~bad).to_numpy().nonzero()[0], labels, sized, masks)
 
 
 def _fill(images: Images, size: int, home: Path) -> None:

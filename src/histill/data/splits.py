@@ -58,6 +58,10 @@ def split(
     check_leaks(parts)
     wanted = {"train"} | {name for name in ("val", "test") if shares[name] > 0 or name in given}
     for name in SPLITS:
+        if data.masks or not data.classes:
+            if name in wanted and not (frame["split"] == name).any():
+                raise BadInput(f"no image in the {name} split: too few images or patients; bring more or give a split")
+            continue
         if name in wanted and (absent := sorted(set(data.classes) - set(frame["label"][frame["split"] == name]))):
             unit = "sites" if by == "site" else "patients" if data.has_patients else "images"
             if name == "train" or name not in given:

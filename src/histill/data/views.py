@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Augment", "render", "uniform"]
+__all__ = ["Augment", "follow", "render", "twin_of", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,8 @@ def render(pixels: Tensor, ids: Tensor, views: Tensor, *, augment: Augment, seed
         ``(B, 3, S, S)`` float32 in [0, 1], channels last in memory.
     """
     images = pixels.permute(0, 3, 1, 2).float().div(255)
-    u = torch.from_numpy(uniform(seed, ids, views)).to(images)
-    u[:, 2:12] = torch.where(u[:, _GATES] < augment.subset, u[:, 2:12], 0.5)  # the middle of a draw changes nothing
-    if augment.rotate or augment.zoom or augment.shift:
-        images = _move(images, u[:, :6], augment)
-    else:
-        images = _flip(images, u, augment)
+    u = _drawn(seed, ids, views, augment).to(images)
+    images = _moved(images, u, augment, "bicubic").clamp(0, 1)
     if augment.brightness or augment.contrast or augment.saturation or augment.hue:
         images = _colour(images, u[:, 6:12], augment)
     # These take time, and are done to those views alone that have them.
@@ -136,6 +132,29 @@ def render(pixels: Tensor, ids: Tensor, views: Tensor, *, augment: Augment, seed
     return images.contiguous(memory_format=torch.channels_last)
 
 
+def follow(masks: Tensor, ids: Tensor, views: Tensor, *, augment: Augment, seed: int) -> Tensor:
+    """Masks moved as `render` moves their images: ``(B, S, S)`` integers -> the same, each pixel the nearest one's."""
+    u = _drawn(seed, ids, views, augment).to(masks.device, torch.float32)
+    return _moved(masks[:, None].float(), u, augment, "nearest")[:, 0].to(masks.dtype)
+
+
+def twin_of(views: Tensor, twin: int) -> Tensor:
+    """The numbers of other views of the same images, as independent as another seed's."""
+    return views + (twin << 40)
+
+
+def _drawn(seed: int, ids: Tensor, views: Tensor, augment: Augment) -> Tensor:
+    u = torch.from_numpy(uniform(seed, ids, views)).float()
+    u[:, 2:12] = torch.where(u[:, _GATES] < augment.subset, u[:, 2:12], 0.5)  # the middle of a draw changes nothing
+    return u
+
+
+def _moved(images: Tensor, u: Tensor, augment: Augment, mode: str) -> Tensor:
+    if augment.rotate or augment.zoom or augment.shift:
+        return _move(images, u[:, :6], augment, mode)
+    return _flip(images, u, augment)
+
+
 def _flip(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
     for draw, dim, wanted in ((0, 3, augment.hflip), (1, 2, augment.vflip)):
         if wanted:
@@ -143,10 +162,10 @@ def _flip(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
     return images
 
 
-def _move(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
+def _move(images: Tensor, u: Tensor, augment: Augment, mode: str) -> Tensor:
     """Flip, rotate, zoom and shift in one resampling: the output's grid mapped into the picture.
 
-    Bicubic, because bilinear views are less sharp than the images that are judged, and networks notice.
+    Images bicubic, because bilinear views are less sharp than the images that are judged, and networks notice.
     """
     angle = (2 * u[:, 2] - 1) * math.radians(augment.rotate)
     scale = torch.exp((2 * u[:, 3] - 1) * math.log1p(augment.zoom))
@@ -159,7 +178,7 @@ def _move(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
         torch.stack([sy * sin, sy * cos, shift[:, 1]], 1),
     )
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(0, 1)
+    return F.grid_sample(images, grid, mode=mode, padding_mode="reflection", align_corners=False)
 
 
 def _colour(images: Tensor, u: Tensor, augment: Augment) -> Tensor:

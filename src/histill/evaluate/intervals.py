@@ -14,14 +14,14 @@ small samples and more so in resamples: its interval can lie above the figure.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, norm
 
 from histill.errors import BadInput
-from histill.evaluate.metrics import METRICS, Array, Scores, metrics, per_class
+from histill.evaluate.metrics import METRICS, Array, Scores, per_class
 
 __all__ = [
     "Figure",
@@ -36,11 +36,33 @@ Figure: TypeAlias = dict[str, Any]
 """``{"value", "low", "high"}``, floats or None where undefined; over several seeds also ``"seeds"``."""
 
 LEVEL = 0.95
+
+
+class Judged(Protocol):
+    """What a network said of images, by whatever it is judged: `Scores` of labels, `MaskScores` of masks."""
+
+    @property
+    def units(self) -> NDArray[Any]:
+        """``(N,)`` what is resampled."""
+
+    @property
+    def unit_names(self) -> NDArray[Any]:
+        """``(U,)`` each unit once, sorted: the rows of a weight matrix."""
+
+    def __len__(self) -> int: ...
+
+    def figures(self, weights: Array | None = None, *, names: Sequence[str] | None = None) -> dict[str, Array]:
+        """The figures of each weighting of the units, ``(R,)`` each."""
+
+    def units_behind(self, name: str) -> int:
+        """How many units a share is over."""
+
+
 _CHUNK = 2_000_000  # weights of images held at once
 
 
 def figures_with_intervals(
-    scores: Scores, *, resamples: int = 2000, seed: int = 0, names: Sequence[str] | None = None
+    scores: Judged, *, resamples: int = 2000, seed: int = 0, names: Sequence[str] | None = None
 ) -> dict[str, Figure]:
     """Each metric of `metrics` with its 95 % interval over patients."""
     values, samples = _sampled([scores], resamples, seed, names)
@@ -48,7 +70,7 @@ def figures_with_intervals(
 
 
 def figures_over_seeds(
-    scores: Sequence[Scores], *, resamples: int = 2000, seed: int = 0, names: Sequence[str] | None = None
+    scores: Sequence[Judged], *, resamples: int = 2000, seed: int = 0, names: Sequence[str] | None = None
 ) -> dict[str, Figure]:
     """Each metric's mean over seeds, the interval over patients and seeds, and ``"seeds"``, each value.
 
@@ -66,8 +88,8 @@ def figures_over_seeds(
 
 
 def paired_gain(
-    a: Scores | Sequence[Scores],
-    b: Scores | Sequence[Scores],
+    a: Judged | Sequence[Judged],
+    b: Judged | Sequence[Judged],
     *,
     resamples: int = 2000,
     seed: int = 0,
@@ -75,7 +97,7 @@ def paired_gain(
 ) -> dict[str, Any]:
     """``b`` minus ``a`` on the same images under the same draws, for each metric that both have.
 
-    Also ``mcnemar_p``, of the images that exactly one of the two gets right. It takes images as independent,
+    Of labels also ``mcnemar_p``, of the images that exactly one of the two gets right. It takes images as independent,
     which the images of one patient are not: trust the interval first. With several seeds, seed i of ``a`` is
     compared with seed i of ``b``; ``mcnemar_p_seeds`` holds each one's p and ``mcnemar_p`` their median,
     since pooling would count each image several times.
@@ -83,16 +105,17 @@ def paired_gain(
     Raises:
         BadInput: the two are not of the same images in the same order, or differ in the number of seeds.
     """
-    several = not isinstance(a, Scores)
-    before = [a] if isinstance(a, Scores) else list(a)
-    after = [b] if isinstance(b, Scores) else list(b)
+    several = isinstance(a, Sequence)
+    before: list[Judged] = list(a) if isinstance(a, Sequence) else [a]
+    after: list[Judged] = list(b) if isinstance(b, Sequence) else [b]
     if len(before) != len(after):
         raise BadInput(f"a paired comparison needs as many seeds on both sides, not {len(before)} and {len(after)}")
     for x, y in zip(before, after, strict=True):
-        if not (np.array_equal(x.labels, y.labels) and np.array_equal(x.units, y.units)):
+        alike = np.array_equal(getattr(x, "labels", ()), getattr(y, "labels", ()))
+        if not (alike and np.array_equal(x.units, y.units)):
             raise BadInput("a paired comparison needs the same images in the same order on both sides")
-    if names is None:
-        both = all(s.teacher is not None for s in (*before, *after))
+    if names is None and isinstance(before[0], Scores):
+        both = all(isinstance(s, Scores) and s.teacher is not None for s in (*before, *after))
         names = [name for name in METRICS if both or name != "agreement"]
     values, samples = _sampled([*before, *after], resamples, seed, names)
     n = len(before)
@@ -102,10 +125,11 @@ def paired_gain(
         gain[name] = _figure(value, sample, seed)
         if several:
             gain[name]["seeds"] = [_plain(v) for v in value]
-    p = [mcnemar(x, y) for x, y in zip(before, after, strict=True)]
-    gain["mcnemar_p"] = float(np.median(p))
-    if several:
-        gain["mcnemar_p_seeds"] = p
+    pairs = zip(before, after, strict=True)
+    if p := [mcnemar(x, y) for x, y in pairs if isinstance(x, Scores) and isinstance(y, Scores)]:
+        gain["mcnemar_p"] = float(np.median(p))
+        if several:
+            gain["mcnemar_p_seeds"] = p
     return gain
 
 
@@ -132,7 +156,7 @@ def per_class_table(
         }
         for name in values:
             if name != "support":
-                units = _units_behind(scores, name, c)
+                units = scores.units_behind(name, c)
                 figure = _figure(values[name][c], samples[name][c][None], seed)
                 row[name] = _wilson(figure, units)
         rows.append(row)
@@ -140,18 +164,18 @@ def per_class_table(
 
 
 def _sampled(
-    scores: Sequence[Scores], resamples: int, seed: int, names: Sequence[str] | None
+    scores: Sequence[Judged], resamples: int, seed: int, names: Sequence[str] | None
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """The metrics of several networks, ``(S,)``, and their values under common draws of units, ``(S, R)``."""
     if not scores:
         raise BadInput("no scores were given")
     universe = np.unique(np.concatenate([s.unit_names for s in scores]))
     rows = [np.searchsorted(universe, s.unit_names) for s in scores]
-    values = [metrics(s, names=names) for s in scores]
+    values = [s.figures(names=names) for s in scores]
     shared = [name for name in values[0] if all(name in v for v in values)]
-    images = max(len(s.labels) for s in scores)
+    images = max(len(s) for s in scores)
     parts = [
-        [metrics(s, weights[r], names=shared) for s, r in zip(scores, rows, strict=True)]
+        [s.figures(weights[r], names=shared) for s, r in zip(scores, rows, strict=True)]
         for weights in _draws(len(universe), resamples, seed, images)
     ]
     return (
@@ -182,8 +206,8 @@ def _figure(values: Array, samples: Array, seed: int) -> Figure:
     return {"value": _plain(values.mean()), "low": low, "high": high}
 
 
-def _widened(figure: Figure, name: str, scores: Scores) -> Figure:
-    return _wilson(figure, _units_behind(scores, name, scores.positive)) if name != "ece" else figure
+def _widened(figure: Figure, name: str, scores: Judged) -> Figure:
+    return _wilson(figure, scores.units_behind(name)) if name != "ece" else figure
 
 
 def _wilson(figure: Figure, units: int) -> Figure:
@@ -195,22 +219,6 @@ def _wilson(figure: Figure, units: int) -> Figure:
         case {"value": 0.0, "high": 0.0}:
             return {**figure, "high": z2 / (units + z2)}
     return figure
-
-
-def _units_behind(scores: Scores, name: str, target: int | None) -> int:
-    """How many units a share is over; for a macro mean the rarest class's, times the classes."""
-
-    def units(mask: NDArray[np.bool_]) -> int:
-        return len(np.unique(scores.unit_rows[mask]))
-
-    everyone = len(scores.unit_names)
-    if name in ("accuracy", "agreement"):
-        return everyone
-    if target is None or name in ("balanced_accuracy", "macro_f1"):
-        return min(everyone, len(scores.present) * min(units(scores.labels == c) for c in scores.present))
-    if name == "specificity":
-        return units(scores.labels != target)
-    return units(scores.labels == target)
 
 
 def _plain(value: float) -> float | None:

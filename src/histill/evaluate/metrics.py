@@ -95,9 +95,35 @@ class Scores:
         if not (self.probabilities.min() >= 0 and self.probabilities.max() <= 1 + 1e-6):
             raise BadInput("probabilities: values outside 0 to 1, or not numbers; give softmax outputs, not logits")
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     @property
     def classes(self) -> int:
         return int(self.probabilities.shape[1])
+
+    def figures(self, weights: Array | None = None, *, names: Sequence[str] | None = None) -> dict[str, Array]:
+        """See `metrics`."""
+        return metrics(self, weights, names=names)
+
+    def units_behind(self, name: str, target: int | None = None) -> int:
+        """How many units a share is over; for a macro mean the rarest class's, times the classes.
+
+        ``target`` is the class that the share is of (default: the positive one).
+        """
+        target = self.positive if target is None else target
+
+        def units(mask: NDArray[np.bool_]) -> int:
+            return len(np.unique(self.unit_rows[mask]))
+
+        everyone = len(self.unit_names)
+        if name in ("accuracy", "agreement"):
+            return everyone
+        if target is None or name in ("balanced_accuracy", "macro_f1"):
+            return min(everyone, len(self.present) * min(units(self.labels == c) for c in self.present))
+        if name == "specificity":
+            return units(self.labels != target)
+        return units(self.labels == target)
 
     @cached_property
     def predictions(self) -> NDArray[np.int64]:

@@ -1,0 +1,220 @@
+"""Images with masks: a class for each pixel, or the nucleus that it is in."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+from histill.data.decode import EXTENSIONS
+from histill.data.images import (
+    COLUMNS,
+    Images,
+    _contents,
+    _frame,
+    _from_manifest,
+    _patients,
+    check_leaks,
+    few,
+    images_below,
+    of_each,
+)
+from histill.errors import BadInput
+from histill.files import atomic, cache_dir, digest, file_digest, locked
+
+__all__ = ["UNKNOWN", "decode_mask", "has_masks", "pack_masks", "read_masks"]
+
+UNKNOWN = 65535
+"""What a packed mask holds where nobody knows; -1 in a batch."""
+
+_VERSION = 1
+_FOLDERS = {"images": "masks", "image": "mask", "img": "mask", "imgs": "masks"}
+
+Kind = Literal["auto", "classes", "instances"]
+
+
+class _Seen(NamedTuple):
+    content: str
+    highest: int
+    wide: bool
+    sizes: tuple[tuple[int, int], tuple[int, int]]
+
+
+def has_masks(source: str | Path) -> bool:
+    """Whether ``source`` is a folder of ``images/`` and ``masks/``, or a manifest with masks and without labels."""
+    source = Path(source)
+    if source.is_dir():
+        return _pair(source) is not None
+    if not source.is_file():
+        return False
+    try:
+        with source.open(encoding="utf-8-sig") as file:
+            header = {name.strip().strip('"').lower() for name in file.readline().split(",")}
+    except UnicodeDecodeError:
+        return False
+    return "mask" in header and "label" not in header
+
+
+def read_masks(
+    source: str | Path, *, kind: Kind = "auto", classes: tuple[str, ...] = (), patient: str | None = None
+) -> Images:
+    """Read images with masks: a folder of ``images/`` and ``masks/`` with the same names, or a CSV manifest.
+
+    A mask is a single-channel picture as large as its image. Of ``classes`` it holds class numbers from 0; 255 is the
+    second of two classes, and a pixel that nobody knows of more. Of ``instances`` it holds the numbers of nuclei (8 or
+    16 bits), 0 between them.
+
+    Args:
+        source: the folder, or a CSV file with ``path,mask`` and optional ``label,patient,split,site``.
+        kind: what the masks hold; ``auto``: instances where a mask has 16 bits, else classes.
+        classes: names of the classes 0, 1, ...; by default background and foreground, or
+            background and nucleus, or ``class0`` and so on.
+        patient: a regular expression that reads the patient off an image's relative path.
+
+    Raises:
+        BadInput: as `read_images`; also a mask that is missing, unreadable, of another size than its image, or holds
+            more classes than there are names.
+    """
+    source = Path(source)
+    if source.is_dir():
+        root, frame = source, _from_folders(source)
+    elif source.is_file():
+        root, frame = source.parent, _from_manifest(source, needed=("path", "mask"))
+    else:
+        raise BadInput(f"--data {source}: no such folder or manifest")
+    if patient is not None:
+        frame["patient"] = _patients(frame["path"], patient)
+    frame["content"] = _contents([root / path for path in frame["path"]])
+    seen = list(of_each(range(len(frame)), partial(_see, root, frame), "reading masks"))
+    frame["mask_content"] = [one.content for one in seen]
+    if odd := [path for path, one in zip(frame["mask"], seen) if one.sizes[0] != one.sizes[1]]:
+        raise BadInput(f"{source}: {len(odd)} masks are not as large as their images: {few(odd)}")
+    found: Literal["classes", "instances"] = (
+        kind if kind != "auto" else "instances" if any(one.wide for one in seen) else "classes"
+    )
+    names = _named(source, found, classes, max(one.highest for one in seen))
+    notices = []
+    copies = frame[frame.duplicated(["content", "split"], keep=False)]
+    if len(copies):
+        notices.append(f"{len(copies)} files are copies of one another within a split: {few(copies['path'])}")
+    images = Images(frame[list(COLUMNS)].reset_index(drop=True), root, names, tuple(notices), found)
+    check_leaks(images)
+    return images
+
+
+def _named(source: Path, kind: str, classes: tuple[str, ...], highest: int) -> tuple[str, ...]:
+    if kind == "instances":
+        if classes and len(classes) != 2:
+            raise BadInput(f"--classes {' '.join(classes)}: masks of instances have two, what is between them and them")
+        return tuple(classes) or ("background", "nucleus")
+    numbers = 2 if highest in (0, 255) else highest + 1
+    if not classes:
+        return ("background", "foreground") if numbers == 2 else tuple(f"class{i}" for i in range(numbers))
+    if len(classes) < max(2, numbers if highest != 255 else 0):
+        raise BadInput(f"{source}: a mask holds class {highest}, and --classes names {len(classes)}, from 0")
+    return tuple(classes)
+
+
+def _see(root: Path, frame: pd.DataFrame, row: int) -> _Seen:
+    path, mask = root / frame["path"].iloc[row], root / frame["mask"].iloc[row]
+    values, mode = _open(mask)
+    try:
+        with Image.open(path) as picture:
+            size = picture.size
+    except OSError:
+        size = (values.shape[1], values.shape[0])  # unreadable: the pack says so
+    known = values[values != 255] if (values != 255).any() else values
+    return _Seen(file_digest(mask), int(known.max()), mode.startswith("I"), (size, (values.shape[1], values.shape[0])))
+
+
+def _open(path: Path) -> tuple[NDArray[np.int32], str]:
+    try:
+        with Image.open(path) as picture:
+            mode, values = picture.mode, np.asarray(picture)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such mask") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: not a readable mask ({error})") from None
+    if values.ndim == 3:
+        colours = values[..., :3]
+        if (colours != colours[..., :1]).any():
+            raise BadInput(f"{path}: a coloured mask; give one channel of class numbers or instance numbers")
+        values = colours[..., 0]
+    values = values.astype(np.int64)
+    if values.min() < 0 or values.max() >= UNKNOWN:
+        raise BadInput(
+            f"{path}: a mask holds numbers from 0 to {UNKNOWN - 1}, this one {values.min()} to {values.max()}"
+        )
+    return values.astype(np.int32), mode
+
+
+def decode_mask(path: Path, images: Images) -> NDArray[np.uint16]:
+    """``(H, W)``: class or instance numbers, `UNKNOWN` where nobody knows.
+
+    Raises:
+        BadInput: the mask is missing, unreadable, or holds a class without a name.
+    """
+    values, _ = _open(path)
+    if images.masks == "classes":
+        values = np.where(values == 255, 1 if len(images.classes) == 2 else UNKNOWN, values)
+        if (wrong := values[(values >= len(images.classes)) & (values != UNKNOWN)]).size:
+            raise BadInput(
+                f"{path}: class {int(wrong.max())}, where the classes are {', '.join(images.classes)}, from 0"
+            )
+    return values.astype(np.uint16)
+
+
+def pack_masks(images: Images, size: int, folder: Path | None = None) -> NDArray[np.uint16]:
+    """``(N, size, size)``: every mask once, of the nearest pixels, memory-mapped."""
+    key = digest([_VERSION, size, images.masks, len(images.classes), images.frame["mask_content"].tolist()])[:24]
+    home = (folder or cache_dir("packed")) / key
+    file = home / "masks.npy"
+    if not file.exists():
+        with locked(home, wait=True):
+            if not file.exists():
+                shape = (len(images), size, size)
+                with atomic(file) as temporary:
+                    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint16, shape=shape)
+                    paths = [images.root / mask for mask in images.frame["mask"]]
+                    for row, mask in enumerate(of_each(paths, partial(decode_mask, images=images), "packing masks")):
+                        array[row] = _nearest(mask, size)
+                    array.flush()
+    packed: NDArray[np.uint16] = np.load(file, mmap_mode="r")
+    return packed
+
+
+def _nearest(mask: NDArray[np.uint16], size: int) -> NDArray[np.uint16]:
+    rows, columns = (np.floor((np.arange(size) + 0.5) * side / size).astype(int) for side in mask.shape)
+    picked: NDArray[np.uint16] = mask[rows[:, None], columns]
+    return picked
+
+
+def _pair(folder: Path) -> tuple[Path, Path] | None:
+    """The folders of images and of masks."""
+    below = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
+    for images, masks in _FOLDERS.items():
+        if images in below and masks in below:
+            return below[images], below[masks]
+    return None
+
+
+def _from_folders(folder: Path) -> pd.DataFrame:
+    pair = _pair(folder)
+    if pair is None:
+        raise BadInput(f"--data {folder}: no images/ and masks/ in it; or give a manifest with path and mask")
+    images, masks = pair
+    by_stem = {p.relative_to(masks).with_suffix(""): p for p in images_below(masks)}
+    paths = images_below(images)
+    if not paths:
+        raise BadInput(f"{images}: no images ({', '.join(sorted(EXTENSIONS))}) in it")
+    if missing := [p.name for p in paths if p.relative_to(images).with_suffix("") not in by_stem]:
+        raise BadInput(f"{masks}: {len(missing)} images have no mask of the same name: {few(missing)}")
+    return _frame(
+        path=[p.relative_to(folder).as_posix() for p in paths],
+        mask=[by_stem[p.relative_to(images).with_suffix("")].relative_to(folder).as_posix() for p in paths],
+    )

@@ -1,0 +1,240 @@
+"""Masks are read, move with their images, are counted per image, and a network learns from them; so from no labels."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny import STILL, experiment
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import histill as hs
+from histill.data import Augment, Images, pack, read_images, read_masks, read_unlabelled, split
+from histill.data.masks import has_masks
+from histill.data.views import NONE, follow, render
+from histill.errors import BadInput
+from histill.evaluate.masks import MaskScores, label_map, scores
+from histill.files import file_digest
+from histill.types import Batch, Outputs, Terms
+
+
+def write_pairs(root: Path, count: int = 12, size: int = 24, *, kind: str = "classes") -> Path:
+    """Dark squares on light ground: mask 1 (255 in half of them) or, of instances, 16-bit numbers, two to an image."""
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        image, mask = rng.integers(170, 250, (size, size, 3), dtype=np.uint8), np.zeros((size, size), np.uint16)
+        for number in (1, 2):
+            y, x = rng.integers(1, size - 9, 2)
+            image[y : y + 8, x : x + 8] //= 3
+            mask[y : y + 8, x : x + 8] = number
+        Image.fromarray(image).save(root / "images" / f"i{i:02d}.png")
+        drawn = Image.fromarray(mask) if kind == "instances" else Image.fromarray(((mask > 0) * 255).astype(np.uint8))
+        drawn.save(root / "masks" / f"i{i:02d}.png")
+    return root
+
+
+def test_a_folder_of_images_and_masks_is_read_with_its_classes(tmp_path: Path) -> None:
+    images = read_masks(write_pairs(tmp_path / "two"))
+    assert (images.masks, images.classes, len(images)) == ("classes", ("background", "foreground"), 12)
+    assert images.frame["mask_content"].iloc[3] == file_digest(tmp_path / "two/masks/i03.png")
+    numbered = read_masks(write_pairs(tmp_path / "nuclei", kind="instances"))
+    assert (numbered.masks, numbered.classes) == ("instances", ("background", "nucleus"))
+    assert read_masks(tmp_path / "two", classes=("stroma", "gland")).classes == ("stroma", "gland")
+
+
+def test_masks_are_told_from_labels(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs")
+    assert has_masks(tmp_path / "pairs")
+    (tmp_path / "labels.csv").write_text("path,label,mask\na.png,x,m.png\n")
+    (tmp_path / "masks.csv").write_text('\ufeff"path","mask","patient"\na.png,m.png,1\n', encoding="utf-8")
+    assert not has_masks(tmp_path / "labels.csv")
+    assert has_masks(tmp_path / "masks.csv")
+
+
+def test_a_mask_that_cannot_be_one_is_one_clear_line(tmp_path: Path) -> None:
+    def refused(what: str, pixels: Any, word: str) -> None:
+        root = write_pairs(tmp_path / what, 3)
+        Image.fromarray(pixels).save(root / "masks" / "i01.png")
+        with pytest.raises(BadInput, match=word):
+            pack(read_masks(root, classes=("a", "b", "c")), 24)
+
+    refused("large", np.zeros((25, 24), np.uint8), "not as large")
+    refused("coloured", np.arange(24 * 24 * 3, dtype=np.uint8).reshape(24, 24, 3), "coloured")
+    refused("many", np.full((24, 24), 7, np.uint8), "holds class 7")
+    root = write_pairs(tmp_path / "gone", 3)
+    (root / "masks" / "i02.png").unlink()
+    with pytest.raises(BadInput, match=r"no mask of the same name: i02\.png"):
+        read_masks(root)
+    (root / "masks" / "i02.png").write_bytes(b"\x89PNG nothing")
+    with pytest.raises(BadInput, match="not a readable mask"):
+        read_masks(root)
+
+
+def test_with_two_classes_255_is_the_second_and_with_more_nobody_knows(tmp_path: Path) -> None:
+    root = write_pairs(tmp_path / "d", 3)
+    values = np.zeros((24, 24), np.uint8)
+    values[:8], values[8:12] = 2, 255
+    Image.fromarray(values).save(root / "masks" / "i00.png")
+    images = read_masks(root, classes=("a", "b", "c"))
+    batch = pack(images, 24).batch(np.arange(1))
+    assert batch.masks is not None
+    assert batch.masks[0, :8].unique().tolist() == [2]
+    assert batch.masks[0, 8:12].unique().tolist() == [-1]
+    two = read_masks(write_pairs(tmp_path / "two", 2))
+    assert set(pack(two, 24).batch(np.arange(2)).masks.unique().tolist()) == {0, 1}  # type: ignore[union-attr]
+
+
+@given(seed=st.integers(0, 999), rotate=st.sampled_from([0.0, 30.0, 180.0]), zoom=st.sampled_from([0.0, 0.5]))
+@settings(max_examples=25, deadline=None)
+def test_a_mask_moves_as_its_image_does(seed: int, rotate: float, zoom: float) -> None:
+    """An image that shows its own mask still shows it in every view, but for what bicubic smooths at the edge."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((2, 40, 40), np.int64)
+    for row in mask:
+        y, x = rng.integers(2, 24, 2)
+        row[y : y + 14, x : x + 12] = 1
+    pixels = torch.from_numpy((mask[..., None] * 255).repeat(3, axis=3).astype(np.uint8))
+    ids, views = torch.arange(2), torch.full((2,), seed)
+    augment = Augment(rotate=rotate, zoom=zoom, shift=0.1 if zoom else 0.0)
+    shown = render(pixels, ids, views, augment=augment, seed=3)[:, 0]
+    moved = follow(torch.from_numpy(mask), ids, views, augment=augment, seed=3)
+    assert set(moved.unique().tolist()) <= {0, 1}
+    sure = (shown < 0.2) | (shown > 0.8)
+    assert sure.float().mean() > 0.85
+    assert ((shown > 0.5).long() == moved)[sure].float().mean() > 0.995
+
+
+def test_without_augmentation_and_at_another_size_masks_are_those_of_the_nearest_pixels(tmp_path: Path) -> None:
+    images = read_masks(write_pairs(tmp_path / "d", 2, kind="instances"))
+    packed, half = pack(images, 24), pack(images, 12)
+    whole = packed.batch(np.arange(2), augment=NONE).masks
+    assert whole is not None
+    expected = np.stack([np.asarray(Image.open(images.root / m)) for m in images.frame["mask"]]).astype(np.int64)
+    assert torch.equal(whole, torch.from_numpy(expected))
+    small = half.batch(np.arange(2)).masks
+    assert small is not None
+    assert torch.equal(small, whole[:, 1::2, 1::2])
+
+
+def test_a_twin_is_another_view_of_the_same_image(tmp_path: Path) -> None:
+    packed = pack(read_masks(write_pairs(tmp_path / "d", 4)), 24)
+    batch = packed.batch(np.arange(4), torch.zeros(4, dtype=torch.long), augment=Augment(brightness=0.3), seed=1)
+    twin = batch.render(24, twin=1)
+    assert torch.equal(batch.render(24), batch.images)
+    assert torch.equal(twin, batch.render(24, twin=1))
+    assert all(not torch.allclose(a, b, atol=0.02) for a, b in zip(batch.images, twin))
+    ratio = (twin.mean((1, 2, 3)) / batch.images.mean((1, 2, 3))).log().abs()
+    assert (ratio < 0.8).all()
+
+
+COUNTS = np.array([[[10, 0, 5], [4, 5, 0]], [[2, 1, 1], [0, 1, 1]], [[20, 2, 0], [0, 0, 2]]], dtype=float)
+"""Three images, two classes: tp, fp, fn."""
+
+
+def test_iou_and_dice_are_of_the_sums_over_all_images() -> None:
+    found = MaskScores(COUNTS, np.array(["p", "q", "p"]), ("a", "b")).figures()
+    iou = (32 / (32 + 3 + 6), 4 / (4 + 6 + 3))
+    dice = (64 / (64 + 3 + 6), 8 / (8 + 6 + 3))
+    expected = {"miou": sum(iou) / 2, "mdice": sum(dice) / 2, "iou_a": iou[0], "iou_b": iou[1], "dice_b": dice[1]}
+    assert {name: float(found[name][0]) for name in expected} == pytest.approx(expected)
+    assert float(found["pixel_accuracy"][0]) == pytest.approx(36 / 45)
+
+
+def test_weights_of_units_count_their_images_as_often() -> None:
+    found = MaskScores(COUNTS, np.array(["p", "q", "p"]), ("a", "b"))
+    twice = found.figures(np.array([[2.0], [1.0]]), names=["miou"])["miou"]
+    again = MaskScores(COUNTS[[0, 2, 0, 1, 2]], np.arange(5), ("a", "b")).figures(names=["miou"])["miou"]
+    assert twice == pytest.approx(again)
+
+
+def test_the_label_map_is_the_likeliest_class_at_full_size() -> None:
+    logits = torch.tensor([[[[0.0, 9.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 9.0]]]])
+    assert label_map({"logits": logits}, (2, 2)).tolist() == [[[1, 0], [0, 1]]]
+    assert label_map({"logits": logits[:, :1] - 4}, (4, 4))[0, 0].tolist() == [0, 0, 1, 1]
+
+
+class Pixels(nn.Module):
+    """Each pixel by itself, half as large as the image: darkness into two logits."""
+
+    def __init__(self, classes: int = 2) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, classes, 2, stride=2)
+
+    def forward(self, images: Tensor) -> Outputs:
+        return Outputs(logits=self.conv(images))
+
+
+def by_pixel(student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
+    assert batch.masks is not None
+    logits = F.interpolate(student["logits"], batch.masks.shape[-2:], mode="bilinear")
+    return {"pixel": (1.0, F.cross_entropy(logits, batch.masks.clamp(max=1), ignore_index=-1))}
+
+
+@pytest.mark.parametrize("kind", ["classes", "instances"])
+def test_a_network_learns_masks_and_the_run_folder_says_how_well(tmp_path: Path, kind: str) -> None:
+    data = split(read_masks(write_pairs(tmp_path / "data", 20, kind=kind)), val=0.2, test=0.2)
+    made = experiment(
+        data,
+        student=partial(Pixels),
+        objective=by_pixel,
+        image_size=24,
+        epochs=40,
+        select="",
+        augment=Augment(rotate=180),
+        optimizer=partial(torch.optim.Adam, lr=0.05),
+    )
+    assert made.select == "miou"
+    run = hs.train(made, tmp_path / "run")
+    assert {"val/miou", "val/mdice", "val/loss", "raw/pixel"} <= set(run.log.columns)
+    test = run.metrics["test"]
+    assert test["miou"]["value"] > 0.7
+    assert test["miou"]["low"] <= test["miou"]["value"] <= test["miou"]["high"]
+    table = run.predictions
+    assert (table[["tp_background", "fn_background"]].sum(axis=1) > 200).all()
+    again = scores(table, run.classes, "test").figures(names=["miou"])["miou"]
+    assert float(again[0]) == test["miou"]["value"]
+    assert "mean IoU" in (run.path / "report.html").read_text()
+    assert run.data.masks == kind
+    assert hs.train(made, run.path, resume=True).info == run.info
+
+
+def test_images_without_labels_train_what_needs_none(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "d", 10)
+    data = read_unlabelled(tmp_path / "d" / "images")
+    assert data.classes == ()
+
+    def darker(student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
+        return {"own": (1.0, (student["logits"] - batch.images.mean((1, 2, 3))[:, None]).square().mean())}
+
+    with pytest.raises(BadInput, match="select='loss': one of last"):
+        experiment(data, objective=darker, select="loss")
+    run = hs.train(experiment(data, objective=darker, select="", augment=STILL), tmp_path / "run")
+    assert run.finished
+    assert run.metrics == {}
+    assert len(run.predictions) == 0
+    assert run.log["loss"].iloc[-1] < run.log["loss"].iloc[0]
+    assert "without labels" in (run.path / "report.html").read_text()
+
+
+def test_labels_and_masks_of_one_manifest_are_two_data_sets(tmp_path: Path) -> None:
+    root = write_pairs(tmp_path / "d", 6)
+    rows = [f"images/i{i:02d}.png,{'ab'[i % 2]},masks/i{i:02d}.png" for i in range(6)]
+    (root / "m.csv").write_text("path,label,mask\n" + "\n".join(rows))
+    labels, masks = read_images(root / "m.csv"), read_masks(root / "m.csv")
+    assert (labels.classes, labels.masks) == (("a", "b"), "")
+    assert (masks.classes, masks.masks) == (("background", "foreground"), "classes")
+    assert labels.hash != masks.hash
+    masks.save(tmp_path / "t.csv")
+    assert pd.testing.assert_frame_equal(Images.load(tmp_path / "t.csv").frame, masks.frame) is None
+    assert Images.load(tmp_path / "t.csv").masks == "classes"
