@@ -126,7 +126,7 @@ def test_weights_of_a_file_are_taken_and_a_misfit_is_said(tmp_path: Path) -> Non
 
 
 def test_a_wrong_name_lists_the_names() -> None:
-    with pytest.raises(BadInput, match="did you mean uni2-h.*phikon-v2"):
+    with pytest.raises(BadInput, match=r"did you mean uni2-h.*phikon-v2"):
         Foundation("UNI2h", weights=None)
 
 
@@ -144,7 +144,7 @@ def test_without_a_network_the_hub_is_said_to_be_out_of_reach(tmp_path: Path, mo
 
 
 def hf_weights(kind: str, width: int = 24, depth: int = 2, places: int = 17) -> dict[str, Tensor]:
-    """A two-block ViTModel or Dinov2Model in transformers' names: patch 16, 64 pixels, an MLP of four times the width."""
+    """A ViTModel or Dinov2Model of two blocks in transformers' names: patch 16, 64 pixels, MLP four times as wide."""
     generator = torch.Generator().manual_seed(5)
 
     def random(*shape: int) -> Tensor:

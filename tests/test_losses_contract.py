@@ -46,6 +46,8 @@ def module(make: Callable[[], torch.nn.Module], **options: object) -> Case:
                 torch.manual_seed(1)
                 network.eval()
                 return network(student, teacher, torch.arange(len(student)))
+            if isinstance(network, losses.Projection):
+                return network(student, [teacher, teacher])
             return network(student, teacher)
 
         return call
@@ -98,6 +100,10 @@ CASES: dict[str, Case] = {
     "pkt": plain(lambda s, t, y: losses.pkt(s, t), **RELATION),
     "similarity": plain(lambda s, t, y: losses.similarity(s, t), **RELATION),
     "correlation": plain(lambda s, t, y: losses.correlation(s, t), **RELATION),
+    "cosine": plain(lambda s, t, y: losses.cosine(s, t), shape=(7,), zero=True),
+    "cosine dense": plain(lambda s, t, y: losses.cosine(s, t), shape=MAPS, zero=True),
+    "smooth_l1": plain(lambda s, t, y: losses.smooth_l1(s, t), shape=MAPS, zero=True),
+    "Projection": module(lambda: losses.Projection(7, [7, 7], nested=[2, 4]), shape=(7,)),
     "crd": plain(lambda s, t, y: losses.crd(s, t), per_image=False),
     "CRDMemory": module(
         lambda: losses.CRDMemory(7, 7, 20, width=4, negatives=6),

@@ -2,6 +2,7 @@
 
 from histill.losses.contrastive import SSKD, CRDMemory, crd
 from histill.losses.dense import dice
+from histill.losses.embedding import Projection, cosine, smooth_l1
 from histill.losses.exits import be_your_own_teacher, self_distillation
 from histill.losses.feature import AB, VID, ReviewKD, attention_transfer, hint
 from histill.losses.guide import GUIDE
@@ -15,10 +16,12 @@ __all__ = [
     "SSKD",
     "VID",
     "CRDMemory",
+    "Projection",
     "ReviewKD",
     "attention_transfer",
     "be_your_own_teacher",
     "correlation",
+    "cosine",
     "crd",
     "cross_entropy",
     "dice",
@@ -33,5 +36,6 @@ __all__ = [
     "rkd_distance",
     "self_distillation",
     "similarity",
+    "smooth_l1",
     "soft_cross_entropy",
 ]
