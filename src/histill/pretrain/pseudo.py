@@ -1,0 +1,106 @@
+"""Pseudo labels: what a nucleus segmenter says of tissue that nobody labelled (Kim et al. 2023, Eqs. 1 and 2)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from histill.data.decode import decode
+from histill.data.images import Images
+from histill.errors import BadInput
+from histill.files import atomic, cache_dir, digest, file_digest
+from histill.machine import find_device
+from histill.models.stardist_instances import predict_instances, predict_maps
+from histill.progress import progress
+from histill.teachers import weights_digest
+
+__all__ = ["Kind", "nuclei", "pseudo_label"]
+
+Kind = Literal["prob", "instances"]
+
+_VERSION = 1
+CLASSES = ("background", "nucleus")
+
+
+def nuclei(
+    segmenter: nn.Module,
+    image: NDArray[np.uint8],
+    *,
+    kind: Kind = "prob",
+    threshold: float = 0.5,
+    scale: float = 2.0,
+) -> NDArray[np.bool_]:
+    """Where the segmenter sees a nucleus.
+
+    ``prob``: ``N = (prob >= threshold)`` at each pixel, Eqs. 1 and 2 to the letter. StarDist's prob falls towards a
+    nucleus's edge, so that a threshold of 0.5 keeps its core. ``instances``: the union of the nuclei themselves.
+
+    Args:
+        segmenter: a `StarDist`.
+        image: ``(H, W, 3)``.
+        kind: ``prob`` or ``instances``.
+        threshold: of prob.
+        scale: by how much the image is enlarged before the segmenter looks: 2 where the patches are at 20x and it
+            learnt at 40x.
+
+    Returns:
+        ``(H, W)``.
+    """
+    if kind == "instances":
+        return np.asarray(predict_instances(segmenter, image, scale=scale).labels > 0)
+    prob, _ = predict_maps(segmenter, image, scale=scale)
+    return np.asarray(prob >= threshold)
+
+
+def pseudo_label(
+    images: Images,
+    segmenter: nn.Module,
+    *,
+    kind: Kind = "prob",
+    threshold: float = 0.5,
+    scale: float = 2.0,
+    device: str = "auto",
+) -> Images:
+    """The same images with a mask each: 0 background, 1 nucleus. The segmenter is asked once for each, ever.
+
+    The masks are PNG files in the cache folder, keyed by the segmenter's weights and these arguments; a run that was
+    stopped goes on after the last one.
+
+    Args:
+        images: unlabelled images; their files are read at their own resolution.
+        segmenter: a `StarDist`.
+        kind: see `nuclei`.
+        threshold: see `nuclei`.
+        scale: see `nuclei`.
+        device: where the segmenter computes.
+
+    Raises:
+        BadInput: a kind that there is not, or an unreadable image.
+    """
+    if kind not in ("prob", "instances"):
+        raise BadInput(f"pseudo labels are of kind prob or instances, not {kind!r}")
+    where = find_device(device)
+    segmenter = segmenter.eval().requires_grad_(False)
+    home = cache_dir("pseudo", digest([_VERSION, weights_digest(segmenter), kind, threshold, scale])[:24])
+    segmenter = segmenter.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    draw = partial(nuclei, segmenter, kind=kind, threshold=threshold, scale=scale)
+    masks = [home / f"{content[:32]}.png" for content in images.frame["content"]]
+    todo = [(path, mask) for path, mask in zip(images.paths(), masks) if not mask.exists()]
+    with progress("pseudo labels", len(images), done=len(images) - len(todo)) as bar:
+        for path, mask in todo:
+            _write(mask, draw(np.asarray(decode(path)[0])))
+            bar.advance()
+    frame = images.frame.assign(mask=[str(m) for m in masks], mask_content=[file_digest(m) for m in masks])
+    return Images(frame, images.root, CLASSES, images.notices, "classes")
+
+
+def _write(path: Path, mask: NDArray[np.bool_]) -> None:
+    with atomic(path) as temporary:
+        Image.fromarray(mask.astype(np.uint8)).save(temporary, "PNG", optimize=True)
