@@ -240,6 +240,33 @@ def bench(
 
 
 @app.command
+def view(
+    folder: Path,
+    *,
+    against: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token: str | None = None,
+) -> None:
+    """Slides, maps and lesions in a browser, until interrupted.
+
+    Args:
+        folder: what histill slide wrote with --out, or one slide's folder in it.
+        against: the same of another model: its maps beside, and where the two disagree.
+        host: where to listen; off this machine a token is required, and made where none is given.
+        port: 0 for any that is free.
+        token: required of every request.
+    """
+    from histill.slides.view import view as work
+
+    def ready(address: str) -> None:
+        _print(address)
+        sys.stdout.flush()
+
+    work(folder, against=against, host=host, port=port, token=token, ready=ready)
+
+
+@app.command
 def recipes() -> None:
     """The recipes, their parts and what they are."""
     from histill.experiment import load_recipe, parts
