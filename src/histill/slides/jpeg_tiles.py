@@ -25,6 +25,7 @@ CACHE_BYTES = 64 << 20
 """What a slide keeps of decoded tiles: a region that is not aligned to them needs each a few times."""
 
 MAX_TILE_BYTES = 64 << 20  # of one encoded tile
+_TRAILING = 64  # bytes in which a tile's end marker must be; writers pad to whole words or blocks
 
 Pixels = NDArray[np.uint8]
 
@@ -140,6 +141,8 @@ class JpegTiles:
         if not 0 < length <= MAX_TILE_BYTES:
             return None
         data = os.pread(self.fd, length, offset)
+        if b"\xff\xd9" not in data[-_TRAILING:]:
+            return None  # cut short: libjpeg would quietly paint the rest grey
         out = np.empty((tiles.tile_height, tiles.tile_width, 3), np.uint8)
         try:
             # Into an array of the right size, so that a tile which claims another one allocates nothing.

@@ -7,7 +7,6 @@ the slide, and where it holds nothing, it is white, as glass is.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from histill.data.decode import EXTENSIONS
 from histill.errors import BadInput
-from histill.slides import tiff
-from histill.slides.jpeg_tiles import JpegTiles, Pixels, Source
-from histill.slides.sources import OpenSlideSource, Picture
+from histill.slides.jpeg_tiles import Pixels
+from histill.slides.sources import OpenSlideSource
+from histill.slides.ways import Way, way_to
 
 __all__ = ["MAX_MPP", "MAX_REGION_PX", "Slide", "open_slide"]
 
@@ -50,46 +48,7 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
         path = next(iter(sorted(path.glob("*.dcm"))), path)
     if not path.is_file():
         raise BadInput(f"{path}: {'a folder, not a slide' if path.is_dir() else 'no such slide'}")
-    return Slide(path, *_source(path), mpp)
-
-
-def _source(path: Path) -> tuple[Source, str, str, dict[str, str]]:
-    """Who reads ``path``, their name, why not the fast way, and the slide's properties."""
-    try:
-        plain = OpenSlideSource(path)
-    except BadInput:
-        if path.suffix.lower() in EXTENSIONS:
-            return Picture(path), "image", "a plain image, decoded whole", {}
-        raise
-    levels, why = _jpeg_levels(path, plain)
-    if levels:
-        return JpegTiles(path, levels, plain), "jpeg tiles", "", plain.properties
-    return plain, "openslide", why, plain.properties
-
-
-def _jpeg_levels(path: Path, plain: OpenSlideSource) -> tuple[list[tiff.Directory], str]:
-    """The directory of each of OpenSlide's levels, or none and why the fast way does not go."""
-    vendor = plain.properties.get("openslide.vendor", "")
-    if vendor not in ("generic-tiff", "aperio"):
-        return [], f"{vendor} is not a TIFF of plain tiles"
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        found = tiff.directories(fd)
-    except tiff.BadTiff as error:
-        return [], str(error)
-    finally:
-        os.close(fd)
-    levels = []
-    for size in plain.sizes:
-        same = [d for d in found if d.tile_width and (d.width, d.height) == size]
-        if len(same) != 1:
-            return [], f"{len(same)} directories of {size[0]} x {size[1]} pixels"
-        levels += same
-    if not all(level.is_jpeg for level in levels):
-        return [], "its tiles are not 8-bit RGB in JPEG"
-    if vendor == "aperio" and not all(level.lengths.all() for level in levels):
-        return [], "it lacks tiles, which OpenSlide draws from other levels"
-    return levels, ""
+    return Slide(path, way_to(path), mpp)
 
 
 class Slide:
@@ -102,16 +61,16 @@ class Slide:
         level_downsamples: how many level-0 pixels a level's pixel is wide, floats.
         mpp: microns per pixel of level 0, None where nobody says or what the file says cannot be (`require_mpp`).
         bounds: x, y, width, height of what the scanner filled, in level-0 pixels.
-        reader: "jpeg tiles" (the fast way), "openslide" or "image".
+        reader: "jpeg tiles" (the fast way), "openslide", "tiff tiles" (OME-TIFF and others in any other compression) or
+            "image".
         why: why not the fast way; empty on it.
         properties: what OpenSlide says of the file.
     """
 
-    def __init__(
-        self, path: Path, source: Source, reader: str, why: str, properties: dict[str, str], mpp: float | None = None
-    ) -> None:
-        self.path, self.reader, self.why, self.properties = path, reader, why, properties
-        self._source = source
+    def __init__(self, path: Path, way: Way, mpp: float | None = None) -> None:
+        self.path, self.reader, self.why, self.properties = path, way.reader, way.why, way.properties
+        self._source = source = way.source
+        properties = way.properties
         self.level_dimensions: Sequence[tuple[int, int]] = tuple(source.sizes)
         self.dimensions = self.level_dimensions[0]
         width, height = self.dimensions
@@ -228,12 +187,11 @@ class Slide:
 
 def _stated_mpp(properties: dict[str, str]) -> tuple[float | None, str]:
     """Microns per pixel as the file has it, or why it has none."""
-    both = [_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy"]
-    if both[0] is None or both[1] is None:
+    x, y = (_number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
+    if x is None or y is None:
         power = _number(properties.get("openslide.objective-power"))
         guess = f" (its objective was {power:g}x, usually about {10 / power:g})" if power else ""
         return None, f"the file does not say its microns per pixel{guess}"
-    x, y = both
     if not (0 < x <= MAX_MPP and 0 < y <= MAX_MPP):
         return None, f"{x:g} x {y:g} microns per pixel, as the file says, cannot be"
     if max(x, y) > 1.05 * min(x, y):

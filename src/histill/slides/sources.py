@@ -31,9 +31,14 @@ class OpenSlideSource:
         self.path = path
         self._lock = threading.Lock()
         self._handle: Any = self._open()
-        self.sizes = [(int(w), int(h)) for w, h in self._handle.level_dimensions]
-        self.downsamples = [float(d) for d in self._handle.level_downsamples]
-        self.properties: dict[str, str] = dict(self._handle.properties)
+        try:
+            self.sizes = [(int(w), int(h)) for w, h in self._handle.level_dimensions]
+            self.downsamples = [float(d) for d in self._handle.level_downsamples]
+            self.properties: dict[str, str] = dict(self._handle.properties)
+        except Exception as error:  # noqa: BLE001 - a handle that met an error gives its bindings half an answer
+            raise BadInput(f"{path}: OpenSlide cannot read it ({_line(error)})") from None
+        if not self.sizes or min(min(size) for size in self.sizes) < 1:
+            raise BadInput(f"{path}: OpenSlide finds no pixels in it")
 
     def _open(self) -> Any:
         try:
@@ -41,7 +46,7 @@ class OpenSlideSource:
         except self.openslide.OpenSlideUnsupportedFormatError:
             raise BadInput(f"{self.path}: not a slide that OpenSlide knows") from None
         except (self.openslide.OpenSlideError, OSError) as error:
-            raise BadInput(f"{self.path}: OpenSlide cannot read it ({error})") from None
+            raise BadInput(f"{self.path}: OpenSlide cannot read it ({_line(error)})") from None
 
     def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Pixels of ``level``; as near to its own as whole level-0 pixels come."""
@@ -58,7 +63,9 @@ class OpenSlideSource:
             with self._lock:
                 if self._handle is handle:
                     self._handle = None
-            raise BadInput(f"{self.path}: cannot be read at x {l0_x}, y {l0_y}, level {level} ({error})") from None
+            raise BadInput(
+                f"{self.path}: cannot be read at x {l0_x}, y {l0_y}, level {level} ({_line(error)})"
+            ) from None
 
     def close(self) -> None:
         """Close the handle."""
@@ -66,6 +73,10 @@ class OpenSlideSource:
             if self._handle is not None:
                 self._handle.close()
             self._handle = None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or "damaged"
 
 
 def over_white(picture: Image.Image) -> Pixels:

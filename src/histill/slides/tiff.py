@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["JPEG", "MAX_DIRECTORIES", "MAX_SIDE_PX", "BadTiff", "Directory", "directories"]
+__all__ = ["JPEG", "MAX_DIRECTORIES", "MAX_SIDE_PX", "BadTiff", "Directory", "NotTiff", "at", "directories"]
 
 MAX_DIRECTORIES = 4096
 MAX_SIDE_PX = 4_000_000  # of a level; the largest slides are a tenth of it
@@ -23,10 +23,13 @@ MAX_TILE_PX = 1 << 26  # in a tile
 MAX_TAGS = 1024  # in a directory
 MAX_TEXT = 64 << 20  # bytes of a description; the OME-XML of a long series is a few megabytes
 JPEG = 7  # Compression
+NDPI = 65420  # a tag of Hamamatsu's files, whose places exceed what 32 bits hold, so that they cannot be followed here
 
 # Bytes and NumPy code of each type of value.
 _TYPES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 5: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 10: "i4", 11: "f4"}
 _TYPES |= {12: "f8", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
+_INTEGERS = frozenset({1, 3, 4, 13, 16, 18})
+_KINDS = {"description": {1, 2, 7}, "tables": {1, 7}, "x_resolution": {5}, "y_resolution": {5}}
 _WANTED = {
     254: "subfile",
     256: "width",
@@ -50,7 +53,11 @@ _WANTED = {
 
 
 class BadTiff(ValueError):
-    """The file is no TIFF, or says of itself what cannot be; the message goes into an error's line."""
+    """The file says of itself what cannot be; the message goes into an error's line."""
+
+
+class NotTiff(BadTiff):
+    """The file is no TIFF, or none that can be followed here."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +116,14 @@ def directories(fd: int) -> list[Directory]:
     """Every directory of the open file ``fd``, in the file's order; those under another are not followed (`at`).
 
     Raises:
-        BadTiff: no TIFF, or a damaged one.
+        NotTiff: no TIFF, or one of Hamamatsu's.
+        BadTiff: a damaged one.
     """
-    return list(_Reader(fd).chain())
+    reader = _Reader(fd)
+    try:
+        return list(reader.chain())
+    except BadTiff as error:
+        raise (NotTiff("an NDPI file") if reader.ndpi else error) from None
 
 
 def at(fd: int, places: tuple[int, ...]) -> list[Directory]:
@@ -126,15 +138,15 @@ class _Reader:
         head = self.bytes(0, min(16, self.size))
         order = {b"II": "<", b"MM": ">"}.get(head[:2])
         if order is None or len(head) < 8:
-            raise BadTiff("not a TIFF file")
-        self.order = order
+            raise NotTiff("not a TIFF file")
+        self.order, self.ndpi = order, False
         version = struct.unpack(f"{order}H", head[2:4])[0]
         if version == 42:
             self.big, self.first = False, struct.unpack(f"{order}I", head[4:8])[0]
         elif version == 43 and len(head) == 16:
             self.big, self.first = True, struct.unpack(f"{order}Q", head[8:16])[0]
         else:
-            raise BadTiff("not a TIFF file")
+            raise NotTiff("not a TIFF file")
 
     def bytes(self, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length > self.size:
@@ -167,18 +179,34 @@ class _Reader:
             raise BadTiff(f"a directory with {count:,} tags")
         body = self.bytes(place + head, count * size)
         tags: dict[str, Any] = {}
+        self.ndpi |= NDPI in (struct.unpack(f"{self.order}H", body[n : n + 2])[0] for n in range(0, len(body), size))
         for start in range(0, len(body), size):
             entry = body[start : start + size]
             tag, kind = struct.unpack(f"{self.order}HH", entry[:4])
-            if (name := _WANTED.get(tag)) and kind in _TYPES:
+            if kind not in _TYPES:
+                continue
+            if name := _WANTED.get(tag):
+                if kind not in _KINDS.get(name, _INTEGERS):
+                    raise BadTiff(f"tag {tag} of type {kind}")
                 tags[name] = self.value(kind, entry[4:])
-        return _directory(tags), self.number("Q" if self.big else "I", place + head + count * size)
+            elif (length := self.length(kind, entry[4:])) > self.size:
+                raise BadTiff(f"a tag of {length:,} bytes in a file of {self.size:,}")
+        directory = _directory(tags)
+        if (ends := directory.offsets[filled := directory.lengths > 0] + directory.lengths[filled]).size and (
+            int(ends.max()) > self.size or bool((ends < directory.offsets[filled]).any())  # past 2^64 it wraps
+        ):
+            raise BadTiff(f"it has tiles up to byte {int(ends.max()):,} of a file of {self.size:,}: is it cut short?")
+        return directory, self.number("Q" if self.big else "I", place + head + count * size)
+
+    def length(self, kind: int, entry: bytes) -> int:
+        """Bytes of a tag's value."""
+        count = struct.unpack(self.order + ("Q" if self.big else "I"), entry[: 8 if self.big else 4])[0]
+        return int(count) * np.dtype(_TYPES[kind]).itemsize * (2 if kind in (5, 10) else 1)  # a rational is a pair
 
     def value(self, kind: int, entry: bytes) -> NDArray[Any]:
         code, inline = ("Q", 8) if self.big else ("I", 4)
-        count = struct.unpack(self.order + code, entry[:inline])[0]
         dtype = np.dtype(_TYPES[kind]).newbyteorder(self.order)
-        length = int(count) * dtype.itemsize * (2 if kind in (5, 10) else 1)  # a rational is a pair
+        length = self.length(kind, entry)
         if length <= inline:
             data = entry[inline : inline + length]
         else:
@@ -203,6 +231,7 @@ def _directory(tags: dict[str, Any]) -> Directory:
         tiles = -(-width // tile_width) * -(-height // tile_height) * (samples if planar == 2 else 1)
         if len(offsets) < tiles or len(lengths) < tiles:
             raise BadTiff(f"{len(offsets):,} places and {len(lengths):,} lengths for {tiles:,} tiles")
+        offsets, lengths = offsets[:tiles], lengths[:tiles]
     else:
         tile_width = tile_height = 0
     text = tags.get("description", np.zeros(0, "S1"))
@@ -216,7 +245,7 @@ def _directory(tags: dict[str, Any]) -> Directory:
         compression=first("compression", 1),
         photometric=first("photometric", -1),
         samples=samples,
-        bits=tuple(int(b) for b in tags.get("bits", [1])[:16]),
+        bits=tuple(int(b) for b in tags.get("bits", ())[:16]) or (1,),
         planar=planar,
         subfile=first("subfile", 0) if "subfile" in tags else None,
         description=text.tobytes().split(b"\0")[0].decode("utf-8", "replace"),

@@ -47,7 +47,7 @@ class Tissue:
 
         Numbers or arrays; what lies outside the slide is no tissue.
         """
-        x, y, width, height = (np.asarray(v, np.float64) for v in (x, y, width, height))
+        left, top, wide, tall = (np.asarray(value, np.float64) for value in (x, y, width, height))
         across, down = self.downsample
 
         def until(right: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -59,8 +59,9 @@ class Tissue:
             upper, lower = s[r0, c0] * (1 - u) + s[r0, c1] * u, s[r1, c0] * (1 - u) + s[r1, c1] * u
             return np.asarray(upper * (1 - v) + lower * v)
 
-        area = until(x + width, y + height) - until(x, y + height) - until(x + width, y) + until(x, y)
-        return np.clip(area * across * down / (width * height), 0, 1)
+        right, bottom = left + wide, top + tall
+        area = until(right, bottom) - until(left, bottom) - until(right, top) + until(left, top)
+        return np.clip(area * across * down / (wide * tall), 0, 1)
 
 
 def find_tissue(slide: Slide) -> Tissue:

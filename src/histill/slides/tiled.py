@@ -1,0 +1,112 @@
+"""Tiles of a TIFF in any compression that tifffile decodes: OME-TIFF, and what OpenSlide does not take."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from histill.errors import BadInput, require
+from histill.slides.jpeg_tiles import MAX_TILE_BYTES, Pixels, TileCache
+from histill.slides.tiff import Directory
+
+__all__ = ["TiffTiles"]
+
+
+class TiffTiles:
+    """Levels that are tiled TIFF directories of 8-bit grey, RGB or RGBA (alpha is left out).
+
+    Raises:
+        BadInput: other pixels than these, such as fluorescence channels of 16 bits.
+    """
+
+    def __init__(self, path: Path, levels: Sequence[Directory]) -> None:
+        for level in levels:
+            if level.samples not in (1, 3, 4) or set(level.bits) != {8} or level.photometric == 3:
+                raise BadInput(
+                    f"{path}: {level.samples} channels of {level.bits[0]} bits; "
+                    "slides of 8-bit grey or RGB are read, so convert it to RGB first"
+                )
+        tifffile = require("tifffile", "slides")
+        self.path, self.levels = path, levels
+        self.sizes = [(level.width, level.height) for level in levels]
+        self.cache = TileCache()
+        self._lock = threading.Lock()
+        self.fd = os.open(path, os.O_RDONLY)
+        try:
+            with tifffile.TiffFile(path) as file:
+                self._decoders = [_decoder(tifffile, file, level) for level in levels]
+        except BaseException as error:
+            os.close(self.fd)
+            if not isinstance(error, Exception):
+                raise
+            raise BadInput(f"{path}: damaged, or in a compression that is not known ({error})") from None
+
+    def close(self) -> None:
+        """Close the file and forget the tiles."""
+        with self._lock:
+            if self.fd >= 0:
+                os.close(self.fd)
+            self.fd = -1
+        self.cache.clear()
+
+    def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """Pixels of ``level``, put together from its tiles; missing tiles are white."""
+        tiles = self.levels[level]
+        tall, wide = tiles.tile_height, tiles.tile_width
+        out = np.empty((height, width, 3), np.uint8)
+        for row in range(y // tall, (y + height - 1) // tall + 1):
+            top, bottom = max(y, row * tall), min(y + height, (row + 1) * tall)
+            for column in range(x // wide, (x + width - 1) // wide + 1):
+                left, right = max(x, column * wide), min(x + width, (column + 1) * wide)
+                tile = self._tile(level, row * tiles.across + column)
+                out[top - y : bottom - y, left - x : right - x] = tile[
+                    top - row * tall : bottom - row * tall, left - column * wide : right - column * wide
+                ]
+        return out
+
+    def _tile(self, level: int, number: int) -> Pixels:
+        if (tile := self.cache.get(level, number)) is not None:
+            return tile
+        tiles = self.levels[level]
+        planes = range(tiles.samples if tiles.planar == 2 else 1)
+        parts = [self._decode(level, number + plane * tiles.across * tiles.down) for plane in planes]
+        if any(part is None for part in parts):
+            tile = np.full((tiles.tile_height, tiles.tile_width, 3), 255, np.uint8)
+        else:
+            tile = np.concatenate([np.asarray(part) for part in parts], axis=-1)[..., :3]
+            if tile.shape[-1] == 1:
+                tile = np.repeat(255 - tile if tiles.photometric == 0 else tile, 3, axis=-1)
+        self.cache.put(level, number, tile)
+        return tile
+
+    def _decode(self, level: int, index: int) -> Pixels | None:
+        tiles = self.levels[level]
+        offset, length = int(tiles.offsets[index]), int(tiles.lengths[index])
+        if not length:
+            return None
+        try:
+            if length > MAX_TILE_BYTES:
+                raise ValueError(f"{length:,} bytes")
+            data, _, _ = self._decoders[level](os.pread(self.fd, length, offset), index)
+            channels = 1 if tiles.planar == 2 else tiles.samples
+            found = np.asarray(data).reshape(-1, data.shape[-2], channels)
+            out = np.full((tiles.tile_height, tiles.tile_width, channels), 255, np.uint8)
+            out[: found.shape[0], : found.shape[1]] = found  # tifffile cuts tiles off at the image's edge
+        except Exception as error:  # noqa: BLE001 - a codec's errors have no common name
+            raise BadInput(f"{self.path}: tile {index} of level {level} cannot be decoded ({error})") from None
+        return out
+
+
+def _decoder(tifffile: Any, file: Any, level: Directory) -> Any:
+    """A function of (bytes, tile number) -> (pixels, place, shape), of the page that is ``level``."""
+    pages = [file.pages.first, *(file.pages.first.pages or ()), *file.pages[1:]]
+    page = next(p for p in pages if p.is_tiled and (p.imagewidth, p.imagelength) == (level.width, level.height))
+    if isinstance(page, tifffile.TiffFrame):
+        page = page.aspage()
+    tables = page.jpegtables
+    return lambda data, index: page.decode(data, index, jpegtables=tables)
