@@ -63,6 +63,11 @@ def exits(terms: Callable[[list[Tensor], list[Tensor], Tensor, Tensor], Terms]) 
     return plain(call, shape=(3, CLASSES), one_shape=False)
 
 
+def star(student: Tensor, teacher: Tensor, label: Tensor) -> Tensor:
+    prob, dist = teacher[:, 0].sigmoid(), teacher[:, 1:].abs()
+    return total(losses.star_loss(student[:, :1], student[:, 1:], prob, dist))
+
+
 MAPS = (6, 5, 5)
 DENSE = (CLASSES, 4, 4)
 RELATION = {"shape": (7,), "zero": True, "one_shape": False, "per_image": False}
@@ -80,6 +85,7 @@ CASES: dict[str, Case] = {
         lambda s, t, y: losses.focal(s, y, alpha=torch.arange(1, 6).to(s.dtype)), shape=DENSE, teacher=False
     ),
     "dice": plain(lambda s, t, y: losses.dice(s, y), shape=DENSE, teacher=False),
+    "star_loss": plain(star, shape=DENSE),
     "kd": plain(lambda s, t, y: losses.kd(s, t, temperature=4), zero=True),
     "kd dense": plain(lambda s, t, y: losses.kd(s, t, temperature=1), shape=DENSE, zero=True),
     "kd standardized": plain(lambda s, t, y: losses.kd(s, t, temperature=2, standardize=True), zero=True),

@@ -8,6 +8,7 @@ from histill.losses.feature import AB, VID, ReviewKD, attention_transfer, hint
 from histill.losses.guide import GUIDE
 from histill.losses.relation import correlation, pkt, rkd_angle, rkd_distance, similarity
 from histill.losses.response import dist, dkd, kd, nkd, soft_cross_entropy
+from histill.losses.star import star_loss
 from histill.losses.supervised import cross_entropy, focal
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "similarity",
     "smooth_l1",
     "soft_cross_entropy",
+    "star_loss",
 ]

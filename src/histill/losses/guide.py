@@ -260,6 +260,15 @@ GUIDE: tuple[Advice, ...] = (
         source="Milletari et al. 2016",
         weight="1",
     ),
+    Advice(
+        name="star_loss",
+        family="dense",
+        use="a segmenter of nuclei that touch, to be a teacher",
+        cost="the targets of star_distances",
+        needs="masks with a number per nucleus",
+        source="Schmidt et al. 2018",
+        weight="1, the distances in it 0.2",
+    ),
 )
 """One row for each loss of `histill.losses`."""
 

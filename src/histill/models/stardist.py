@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from histill.errors import BadInput
 from histill.types import Outputs
 
-__all__ = ["StarDist"]
+__all__ = ["GRID", "NMS_THRESHOLD", "PROB_THRESHOLD", "RECEPTIVE_FIELD", "StarDist", "percentile_limits"]
+
+GRID = 2
+"""Pixels of the image between two pixels of the outputs."""
+
+RECEPTIVE_FIELD = 107
+"""How many pixels to any side an output looks, at most."""
+
+PROB_THRESHOLD, NMS_THRESHOLD = 0.6924782541384082, 0.3
+"""From what probability on a pixel is a candidate, and how much candidates may overlap: those of the released weights.
+
+They were fitted to those weights; a network that was trained here has others.
+"""
 
 _PERCENTILES = (0.01, 0.998)
 
@@ -19,7 +33,8 @@ _PERCENTILES = (0.01, 0.998)
 class StarDist(nn.Module):
     """A U-Net of depth 3 on a grid of 2 pixels: is this a nucleus, and how far is its edge along each ray.
 
-    Every image is scaled by its own percentiles 1 and 99.8 over all channels, as the released weights expect.
+    Every image is scaled by its own percentiles 1 and 99.8 over all channels, as the released weights expect; a part
+    of a larger image by the larger one's, when ``forward`` is told them: ``network(part, percentile_limits(whole))``.
 
     Args:
         rays: Directions in which the edge is measured.
@@ -45,11 +60,11 @@ class StarDist(nn.Module):
         self.prob = nn.Conv2d(128, 1, 1)
         self.dist = nn.Conv2d(128, rays, 1)
 
-    def forward(self, images: Tensor) -> Outputs:
+    def forward(self, images: Tensor, limits: Tensor | None = None) -> Outputs:
         height, width = images.shape[-2:]
         if height % 16 or width % 16:
             raise BadInput(f"StarDist takes images whose sides are multiples of 16, not {width}x{height}: pad them")
-        x = F.max_pool2d(self.grid(_percentile_scaled(images)), 2)  # (B, 32, H/2, W/2)
+        x = F.max_pool2d(self.grid(_scaled(images, limits)), GRID)  # (B, 32, H/2, W/2)
         skips = []
         for convs in self.down:
             skips.append(convs(x))
@@ -61,12 +76,29 @@ class StarDist(nn.Module):
         logits = self.prob(features)
         return Outputs(logits=logits, prob=logits.sigmoid(), dist=self.dist(features), features=features)
 
+    def instances(self, outputs: Outputs, size: tuple[int, int]) -> NDArray[np.int32]:
+        """``(B, H, W)``: the nuclei that the outputs of a batch outline, numbered from 1 at ``size``, 0 between them."""
+        from histill.models.stardist_instances import from_maps
 
-def _percentile_scaled(images: Tensor) -> Tensor:
-    levels = torch.tensor(_PERCENTILES, dtype=images.dtype, device=images.device)
-    low, high = torch.quantile(images.flatten(1), levels, dim=1)[:, :, None, None, None]
-    scaled: Tensor = (images - low) / (high - low).clamp_min(1e-6)
-    return scaled
+        maps = zip(outputs["prob"].float().cpu(), outputs["dist"].float().cpu())
+        return np.stack([from_maps(prob[0], dist, size) for prob, dist in maps])
+
+
+def percentile_limits(images: Tensor) -> Tensor:
+    """``(B, 3, H, W)`` -> ``(B, 2)``: each image's percentiles 1 and 99.8 over all channels, linearly interpolated."""
+    values = images.flatten(1)
+    limits = []
+    for level in _PERCENTILES:  # torch.quantile sorts everything, and takes no more than 16 million values
+        place = level * (values.shape[1] - 1)
+        below = values.kthvalue(int(place) + 1, dim=1).values
+        above = values.kthvalue(min(int(place) + 2, values.shape[1]), dim=1).values
+        limits.append(torch.lerp(below, above, place - int(place)))
+    return torch.stack(limits, 1)
+
+
+def _scaled(images: Tensor, limits: Tensor | None) -> Tensor:
+    low, high = (percentile_limits(images) if limits is None else limits).to(images)[:, :, None, None, None].unbind(1)
+    return (images - low) / (high - low).clamp_min(1e-6)
 
 
 def _convs(ci: int, middle: int, co: int) -> nn.Sequential:
