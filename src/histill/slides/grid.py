@@ -12,8 +12,8 @@ from PIL import Image
 
 from histill.errors import BadInput
 from histill.progress import notice
-from histill.slides.jpeg_tiles import Pixels
 from histill.slides.slide import MAX_MPP, Slide
+from histill.slides.tiles import Pixels
 
 if TYPE_CHECKING:
     from histill.slides.tissue import Tissue

@@ -8,75 +8,20 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from histill.errors import require
 from histill.slides.tiff import Directory
+from histill.slides.tiles import Pixels, Source, TileCache, mosaic
 
-__all__ = ["CACHE_BYTES", "JpegTiles", "Pixels", "Source", "TileCache"]
-
-CACHE_BYTES = 64 << 20
-"""What a slide keeps of decoded tiles: a region that is not aligned to them needs each a few times."""
+__all__ = ["MAX_TILE_BYTES", "JpegTiles"]
 
 MAX_TILE_BYTES = 64 << 20  # of one encoded tile
 _TRAILING = 64  # bytes in which a tile's end marker must be; writers pad to whole words or blocks
-
-Pixels = NDArray[np.uint8]
-
-
-class Source(Protocol):
-    """Where a slide's pixels come from.
-
-    ``region`` is asked only for what lies within ``sizes[level]``, in that level's pixels, by any thread.
-    """
-
-    sizes: Sequence[tuple[int, int]]
-
-    def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        """``(height, width, 3)`` uint8, white where there is nothing."""
-        ...
-
-    def close(self) -> None:
-        """Give back what is open; may be called twice."""
-        ...
-
-
-class TileCache:
-    """The tiles used last, up to ``limit`` bytes."""
-
-    def __init__(self, limit: int = CACHE_BYTES) -> None:
-        self.limit, self.bytes = limit, 0
-        self._tiles: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, level: int, number: int) -> Pixels | None:
-        """The tile, if it is still here."""
-        with self._lock:
-            if (tile := self._tiles.get((level, number))) is not None:
-                self._tiles.move_to_end((level, number))
-            return tile
-
-    def put(self, level: int, number: int, tile: Pixels) -> None:
-        """Keep ``tile``, which nobody may change from now on."""
-        with self._lock:
-            if (level, number) in self._tiles or tile.nbytes > self.limit:
-                return
-            self._tiles[level, number] = tile
-            self.bytes += tile.nbytes
-            while self.bytes > self.limit:
-                self.bytes -= self._tiles.popitem(last=False)[1].nbytes
-
-    def clear(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._tiles.clear()
-            self.bytes = 0
 
 
 class JpegTiles:
@@ -109,19 +54,9 @@ class JpegTiles:
         """Pixels of ``level``, put together from its tiles."""
         tiles = self.levels[level]
         tall, wide = tiles.tile_height, tiles.tile_width
-        rows, columns = range(y // tall, (y + height - 1) // tall + 1), range(x // wide, (x + width - 1) // wide + 1)
-        if len(rows) == len(columns) == 1 and x % wide == y % tall == 0 and (width, height) == (wide, tall):
-            return self._tile(level, rows[0], columns[0], keep=False)
-        out = np.empty((height, width, 3), np.uint8)
-        for row in rows:
-            top, bottom = max(y, row * tall), min(y + height, (row + 1) * tall)
-            for column in columns:
-                left, right = max(x, column * wide), min(x + width, (column + 1) * wide)
-                tile = self._tile(level, row, column, keep=True)
-                out[top - y : bottom - y, left - x : right - x] = tile[
-                    top - row * tall : bottom - row * tall, left - column * wide : right - column * wide
-                ]
-        return out
+        if x % wide == y % tall == 0 and (width, height) == (wide, tall):
+            return self._tile(level, y // tall, x // wide, keep=False)
+        return mosaic(tiles, x, y, width, height, partial(self._tile, level, keep=True))
 
     def _tile(self, level: int, row: int, column: int, *, keep: bool) -> Pixels:
         number = row * self.levels[level].across + column

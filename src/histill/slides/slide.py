@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from histill.errors import BadInput
-from histill.slides.jpeg_tiles import Pixels
 from histill.slides.sources import OpenSlideSource
+from histill.slides.tiles import Pixels
 from histill.slides.ways import Way, way_to
 
 __all__ = ["MAX_MPP", "MAX_REGION_PX", "Slide", "open_slide"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from histill.data.decode import decode
 from histill.errors import BadInput, require
-from histill.slides.jpeg_tiles import Pixels
+from histill.slides.tiles import Pixels
 
 __all__ = ["OpenSlideSource", "Picture", "over_white"]
 

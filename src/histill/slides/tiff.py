@@ -10,7 +10,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,8 +135,8 @@ def at(fd: int, places: tuple[int, ...]) -> list[Directory]:
 class _Reader:
     def __init__(self, fd: int) -> None:
         self.fd, self.size = fd, os.fstat(fd).st_size
-        head = self.bytes(0, min(16, self.size))
-        order = {b"II": "<", b"MM": ">"}.get(head[:2])
+        head = self.get(0, min(16, self.size))
+        order: Literal["<", ">"] | None = "<" if head[:2] == b"II" else ">" if head[:2] == b"MM" else None
         if order is None or len(head) < 8:
             raise NotTiff("not a TIFF file")
         self.order, self.ndpi = order, False
@@ -148,7 +148,7 @@ class _Reader:
         else:
             raise NotTiff("not a TIFF file")
 
-    def bytes(self, offset: int, length: int) -> bytes:
+    def get(self, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise BadTiff(f"it points to byte {offset + length:,} of a file of {self.size:,}: is it cut short?")
         data = os.pread(self.fd, length, offset)
@@ -157,7 +157,7 @@ class _Reader:
         return data
 
     def number(self, code: str, offset: int) -> int:
-        return int(struct.unpack(self.order + code, self.bytes(offset, struct.calcsize(code)))[0])
+        return int(struct.unpack(self.order + code, self.get(offset, struct.calcsize(code)))[0])
 
     def chain(self) -> Iterator[Directory]:
         seen: set[int] = set()
@@ -177,7 +177,7 @@ class _Reader:
         count = self.number(code, place)
         if count > MAX_TAGS:
             raise BadTiff(f"a directory with {count:,} tags")
-        body = self.bytes(place + head, count * size)
+        body = self.get(place + head, count * size)
         tags: dict[str, Any] = {}
         self.ndpi |= NDPI in (struct.unpack(f"{self.order}H", body[n : n + 2])[0] for n in range(0, len(body), size))
         for start in range(0, len(body), size):
@@ -210,7 +210,7 @@ class _Reader:
         if length <= inline:
             data = entry[inline : inline + length]
         else:
-            data = self.bytes(struct.unpack(self.order + code, entry[inline:])[0], length)
+            data = self.get(struct.unpack(self.order + code, entry[inline:])[0], length)
         return np.frombuffer(data, dtype)
 
 

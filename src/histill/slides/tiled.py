@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from histill.errors import BadInput, require
-from histill.slides.jpeg_tiles import MAX_TILE_BYTES, Pixels, TileCache
+from histill.slides.jpeg_tiles import MAX_TILE_BYTES
 from histill.slides.tiff import Directory
+from histill.slides.tiles import Pixels, TileCache, mosaic
 
 __all__ = ["TiffTiles"]
 
@@ -57,17 +58,7 @@ class TiffTiles:
     def region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Pixels of ``level``, put together from its tiles; missing tiles are white."""
         tiles = self.levels[level]
-        tall, wide = tiles.tile_height, tiles.tile_width
-        out = np.empty((height, width, 3), np.uint8)
-        for row in range(y // tall, (y + height - 1) // tall + 1):
-            top, bottom = max(y, row * tall), min(y + height, (row + 1) * tall)
-            for column in range(x // wide, (x + width - 1) // wide + 1):
-                left, right = max(x, column * wide), min(x + width, (column + 1) * wide)
-                tile = self._tile(level, row * tiles.across + column)
-                out[top - y : bottom - y, left - x : right - x] = tile[
-                    top - row * tall : bottom - row * tall, left - column * wide : right - column * wide
-                ]
-        return out
+        return mosaic(tiles, x, y, width, height, lambda r, c: self._tile(level, r * tiles.across + c))
 
     def _tile(self, level: int, number: int) -> Pixels:
         if (tile := self.cache.get(level, number)) is not None:

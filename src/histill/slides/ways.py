@@ -10,9 +10,10 @@ from pathlib import Path
 from histill.data.decode import EXTENSIONS
 from histill.errors import BadInput
 from histill.slides import tiff
-from histill.slides.jpeg_tiles import JpegTiles, Source
+from histill.slides.jpeg_tiles import JpegTiles
 from histill.slides.sources import OpenSlideSource, Picture
 from histill.slides.tiled import TiffTiles
+from histill.slides.tiles import Source
 
 __all__ = ["Way", "way_to"]
 
