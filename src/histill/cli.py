@@ -357,6 +357,56 @@ def cifar(archive: Path, out: Path) -> None:
 
 
 @data_app.command
+def fetch(name: str | None = None, *, out: Path | None = None, by: Literal["patient", "image"] = "patient") -> None:
+    """A published data set by name: download, verify, unpack, manifest; without a name the list of them.
+
+    Args:
+        name: which one.
+        out: its folder (default: called like it); run again, it goes on where it stopped.
+        by: patient keeps everybody in one split; image is the protocol of the literature, patients not looked at.
+    """
+    from histill.data.fetch import fetch as work
+    from histill.data.fetch import next_command
+    from histill.data.sets import SETS, listing
+
+    if name is None:
+        _print(listing(SETS.values()))
+        return
+    path = work(name, out, by=by)
+    _print(f"{path}\nnext: {next_command(SETS[name], path)}")
+
+
+@data_app.command
+def manifest(name: str, folder: Path, *, by: Literal["patient", "image"] = "patient") -> None:
+    """The manifest of a published data set that is there already, in its published layout.
+
+    Args:
+        name: which one (histill data fetch lists them).
+        folder: where it lies; the manifest is written into it.
+        by: patient keeps everybody in one split; image is the protocol of the literature, patients not looked at.
+    """
+    from histill.data.fetch import next_command
+    from histill.data.sets import get
+    from histill.data.sets import manifest as work
+
+    path = work(get(name), folder, by=by)
+    _print(f"{path}\nnext: {next_command(get(name), path)}")
+
+
+@data_app.command
+def unpack(archive: Path, out: Path) -> None:
+    """A zip or tar archive into a new folder; whatever would leave it, or swell beyond measure, is refused.
+
+    Args:
+        archive: the .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz file.
+        out: the folder.
+    """
+    from histill.data.unpack import unpack as work
+
+    _print(f"{work(archive, out)} files in {out}")
+
+
+@data_app.command
 def phantom(
     out: Path,
     *,

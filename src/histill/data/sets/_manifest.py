@@ -46,7 +46,7 @@ def manifest(data: DataSet, folder: str | Path, *, by: By = "patient") -> Path:
     if data.task == "labels" and (odd := sorted({row.label for row in rows} - set(data.classes))):
         raise BadInput(f"{folder}: {', '.join(map(repr, odd))} is no class of {data.name}: {', '.join(data.classes)}")
     _compare(data, rows, folder)
-    path = folder / ("manifest.csv" if by == "patient" else "manifest_image.csv")
+    path = folder / f"{data.manifest}{'' if by == 'patient' else '_image'}.csv"
     _write(path, folder, _apart(data, rows) if by == "patient" else [row._replace(patient="") for row in rows])
     return path
 
@@ -62,7 +62,8 @@ def read(data: DataSet, folder: str | Path, *, by: By = "patient") -> Images:
     path = manifest(data, folder, by=by)
     if data.task == "labels":
         return read_images(path)
-    return read_masks(path, kind=data.task, classes=data.classes)
+    kind: Literal["classes", "instances"] = "classes" if data.task == "masks" else "instances"
+    return read_masks(path, kind=kind, classes=data.classes)
 
 
 def _compare(data: DataSet, rows: list[Row], folder: Path) -> None:

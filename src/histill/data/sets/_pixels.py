@@ -76,7 +76,7 @@ def number(masks: Iterable[NDArray[np.uint8]], size: tuple[int, int]) -> NDArray
 
 
 def draw(outlines: Sequence[Sequence[tuple[float, float]]], size: tuple[int, int]) -> NDArray[np.uint16]:
-    """``(H, W)``: 1, 2, ... inside each outline; where two overlap the first has the pixel. ``size`` is (height, width)."""
+    """``(H, W)``: 1, 2, ... inside each outline; where two overlap the first has the pixel."""
     if len(outlines) > _MOST_NUCLEI:
         raise BadInput(f"{len(outlines)} outlines in one image, more than a 16-bit mask can number")
     picture = Image.new("I", (size[1], size[0]))
@@ -94,7 +94,7 @@ def regions(path: Path) -> Iterator[Region]:
         BadInput: not such a file.
     """
     try:
-        top = ElementTree.parse(path).getroot()  # noqa: S314 - expat limits what entities may swell to
+        top = ElementTree.parse(path).getroot()
         for region in top.iter("Region"):
             attribute = region.find("Attributes/Attribute")
             said = "" if attribute is None else attribute.get("Value", "")

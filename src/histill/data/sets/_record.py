@@ -70,6 +70,7 @@ class DataSet:
         flags: of `histill`, for the shares of the protocol.
         command: what to run next.
         access: what to do where the files have to be asked for.
+        manifest: what the manifest is called; another name where two data sets share their files.
         rows: reads a folder in the published layout.
     """
 
@@ -91,6 +92,7 @@ class DataSet:
     flags: str = ""
     command: str = "distill dsnet"
     access: str = ""
+    manifest: str = "manifest"
 
     @property
     def total(self) -> int:

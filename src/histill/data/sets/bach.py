@@ -1,0 +1,46 @@
+"""BACH, part A: photographs of breast tissue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from histill.data.sets._record import DataSet, File, Row, find, pictures
+
+__all__ = ["ARCHIVE", "CITATION", "SETS"]
+
+ARCHIVE = File(
+    "ICIAR2018_BACH_Challenge.zip",
+    "https://zenodo.org/records/3632035/files/ICIAR2018_BACH_Challenge.zip",
+    checksum="md5:8ae1801334aa943c44627c1eef3631b2",
+)
+CITATION = "Aresta et al. 2019, BACH: grand challenge on breast cancer histology images, Med. Image Anal. 56:122"
+
+
+def rows(folder: Path) -> Iterator[Row]:
+    """``ICIAR2018_BACH_Challenge/Photos/Normal/n001.tif``."""
+    photos = find(folder, "ICIAR2018_BACH_Challenge", "Photos")
+    for label in BACH.classes:
+        for path in pictures(photos / label, ".tif"):
+            yield Row(path, label)
+
+
+BACH = DataSet(
+    name="bach",
+    what="breast, H&E photographs of 2048 x 1536 pixels at 0.42 um per pixel",
+    use="RCKD's fine-tuning; four classes from few images",
+    homepage="https://iciar2018-challenge.grand-challenge.org/Dataset/",
+    files=(ARCHIVE,),
+    checksums="Zenodo record 3632035, as the eva benchmark recorded it",
+    licence="CC BY-NC-ND 4.0",
+    citation=CITATION,
+    classes=("Benign", "InSitu", "Invasive", "Normal"),
+    images={"": 400},
+    split="none published (the challenge's test labels are not public); RCKD: 6:2:2 at random, 240, 80, 80",
+    patient="not in the archive; the challenge's page has a partial list (patient_microscopy)",
+    pitfalls="Images of one patient are in several places of the order, so a random split divides patients; "
+    "80 test images: an interval of about 8 points.",
+    rows=rows,
+    flags="--val 0.2 --test 0.2",
+)
+SETS = (BACH,)

@@ -1,0 +1,45 @@
+"""BreaKHis: breast tumours at four magnifications."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from histill.data.sets._record import DataSet, File, Row, find, pictures
+from histill.errors import BadInput
+
+__all__ = ["SETS"]
+
+_NAME = re.compile(r"SOB_[BM]_[A-Z]+-(\d+-\d+)[A-Z]*-(\d+)-\d+")
+
+
+def rows(folder: Path) -> Iterator[Row]:
+    """``.../breast/benign/SOB/adenosis/SOB_B_A_14-22549AB/40X/SOB_B_A-14-22549AB-40-001.png``; the site is ``40X``."""
+    home = find(folder, "BreaKHis_v1", "histology_slides", "breast")
+    for label in BREAKHIS.classes:
+        for place in sorted(home.glob(f"{label}/SOB/*/*/*X")):
+            for path in pictures(place, ".png"):
+                if (match := _NAME.match(path.stem)) is None:
+                    raise BadInput(f"{path}: no name of this data set, such as SOB_B_A-14-22549AB-40-001.png")
+                yield Row(path, label, patient=match[1], site=f"{match[2]}X")
+
+
+BREAKHIS = DataSet(
+    name="breakhis",
+    what="breast, H&E photographs of 700 x 460 pixels at 40x, 100x, 200x and 400x, of 82 patients",
+    use="RCKD's fine-tuning; what a leak of patients does to a figure",
+    homepage="https://web.inf.ufpr.br/vri/databases/breast-cancer-histopathological-database-breakhis/",
+    files=(File("BreaKHis_v1.tar.gz", "http://www.inf.ufpr.br/vri/databases/BreaKHis_v1.tar.gz"),),
+    licence="CC BY 4.0",
+    citation="Spanhol et al. 2016, A dataset for breast cancer histopathological image classification, TBME 63:1455",
+    classes=("benign", "malignant"),
+    images={"": 7_909},
+    split="RCKD: images 6:2:2 at random, 4,745, 1,582 and 1,582 (--by image); here by patient unless told so",
+    patient="year and number in the file name (14-22549); the letters after it, parts of a case, are not told apart",
+    pitfalls="With --by image the same patient, and the same field at four magnifications, is in training and test: "
+    "such figures say little. Case 13412 is there twice, as ductal and as lobular carcinoma.",
+    rows=rows,
+    flags="--val 0.2 --test 0.2",
+)
+SETS = (BREAKHIS,)
