@@ -16,13 +16,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from histill.embeddings import Embeddings, Several, Standardised, bound, open_teacher, standardise
 from histill.errors import BadInput, Failed
 from histill.files import digest, read_json, write_json
 from histill.progress import say
 from histill.run import Run
 from histill.types import Batch, Outputs
 
-__all__ = ["Cached", "Ensemble", "Frozen", "Keyed", "as_teacher"]
+__all__ = [
+    "Cached",
+    "Embeddings",
+    "Ensemble",
+    "Frozen",
+    "Keyed",
+    "Several",
+    "Standardised",
+    "as_teacher",
+    "bound",
+    "open_teacher",
+    "standardise",
+]
 
 
 @runtime_checkable
