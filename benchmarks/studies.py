@@ -79,9 +79,7 @@ TASKS = {
     "mac-resnet-distilled": Task(
         "lc25000", labels=LUNG, flags=f"{MAC} --tables distilled --seeds 3", study="mac-resnet"
     ),
-    "mac-resnet-blocks": Task(
-        "lc25000", labels=LUNG, flags=f"{MAC} --tables 1 2 3 ladder --seeds 3", study="mac-resnet"
-    ),
+    "mac-resnet-blocks": Task("lc25000", labels=LUNG, flags=f"{MAC} --tables 1 2 3 ladder", study="mac-resnet"),
     "multi-exit": Task(
         "herlev",
         flags="--val 0.2 --seeds 3 --image-size 64 --epochs 10 --batch-size 16 --lr 0.01 --pretrain-data OTHER "

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from histill.data.images import Images, few, read_images, read_unlabelled
+from histill.data.masks import has_masks, read_masks
 from histill.data.packed import pack
 from histill.data.splits import split
 from histill.deploy.deliver import deliver
@@ -40,9 +41,32 @@ SHARED = ("image_size", "epochs", "batch_size", "schedule", "augment")
 ALWAYS_SHARED = ("positive", "strict")
 
 
-def read_parts(data: Path, *, val: float, test: float, seed: int, patient: str | None) -> Images:
-    """Read images and complete their split."""
-    return split(read_images(data, patient=patient), val=val, test=test, seed=seed)
+Target = Literal["auto", "labels", "masks", "instances"]
+
+
+def read_parts(
+    data: Path,
+    *,
+    val: float,
+    test: float,
+    seed: int,
+    patient: str | None,
+    target: Target = "auto",
+    classes: Sequence[str] | None = None,
+) -> Images:
+    """Read images with labels or with masks, and complete their split.
+
+    ``target`` says which; ``auto`` is masks in a folder of ``images/`` and ``masks/`` or a manifest without labels.
+    ``classes`` names what the masks hold.
+    """
+    if target == "labels" or (target == "auto" and not has_masks(data)):
+        if classes:
+            raise BadInput(f"--classes {' '.join(classes)}: they name what masks hold, and {data} has labels")
+        images = read_images(data, patient=patient)
+    else:
+        kinds: dict[str, Any] = {"auto": "auto", "masks": "classes", "instances": "instances"}
+        images = read_masks(data, kind=kinds[target], classes=tuple(classes or ()), patient=patient)
+    return split(images, val=val, test=test, seed=seed)
 
 
 def distill(

@@ -55,7 +55,8 @@ class Experiment:
         epochs: passes over the training images.
         batch_size: images per step of the optimiser, all processes together.
         accumulate: parts into which a batch is cut to fit the memory; the result is that of the whole batch.
-        optimizer: makes the optimiser from the parameters; its learning rates are multiplied by ``schedule``.
+        frozen: glob patterns of the student's parameters that stay as they start.
+        optimizer: makes the optimiser from the parameters that train; its rates are multiplied by ``schedule``.
         schedule: see `histill.schedules`.
         clip: largest norm of the gradient, if any.
         ema: decay of an exponential moving average of the weights, which is then what is validated and kept.
@@ -83,6 +84,7 @@ class Experiment:
     epochs: int = 1
     batch_size: int = 64
     accumulate: int = 1
+    frozen: tuple[str, ...] = ()
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = functools.partial(torch.optim.Adam, lr=1e-3)
     schedule: Schedule = field(default_factory=constant)
     clip: float | None = None
@@ -181,7 +183,11 @@ def load_recipe(name: str) -> tuple[ModuleType, str]:
 
 def parts(module: ModuleType) -> list[str]:
     """The recipes in a module."""
-    return [n for n in ("teacher", "student", "pretrain", "finetune") if callable(getattr(module, n, None))]
+    return [n for n in PARTS if callable(getattr(module, n, None))]
+
+
+PARTS = ("teacher", "student", "pretrain", "supervised", "finetune")
+"""The functions of a recipe's file that ``histill train NAME.PART`` runs."""
 
 
 def recipes() -> list[str]:

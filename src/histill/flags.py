@@ -115,11 +115,29 @@ _COMMON: tuple[tuple[str, Any, Any, str], ...] = (
     ("test", float, 0.15, "share of the images for the test, where the data brings no split."),
     ("split_seed", int | None, None, "seed of that split (default: --seed)."),
     ("patient", str | None, None, "regular expression that reads the patient off an image's path."),
+    (
+        "target",
+        Literal["auto", "labels", "masks", "instances"],
+        "auto",
+        "labels, masks of classes, or masks of numbered nuclei (auto: masks, of a folder of images/ and masks/ or a "
+        "manifest without labels).",
+    ),
+    ("classes", list[str] | None, None, "names of the classes 0, 1, ... that masks hold."),
     ("device", str, "auto", "auto, cpu, cuda or mps."),
     ("precision", str, "auto", "auto, 32-true, bf16-mixed, ... (Lightning Fabric's names)."),
     ("resume", bool, False, "go on with what --out holds; needs --out alone."),
 )
-_SPLIT = ("val", "test", "split_seed", "patient")
+_SPLIT = ("val", "test", "split_seed", "patient", "target", "classes")
+"""How ``--data`` is read and divided."""
+
+_LACKING = {
+    "data": "--data: give a folder of class folders or a CSV manifest",
+    "unlabelled": "--unlabelled: give a folder of images; they need no labels",
+}
+_WORDS: dict[str, tuple[Any, str]] = {
+    "teacher": (list[str] | None, "what it learns from: a run, or a file or a name that the recipe knows."),
+    "unlabelled": (Path | None, "a folder of images."),
+}
 _PATHS: dict[str, tuple[Any, str]] = {
     "teacher": (list[Path] | None, "a run to learn from, or several; without it the student learns alone."),
     "unlabelled": (Path | None, "a folder of further images, which join with the teacher's word only."),
@@ -186,7 +204,7 @@ def _images(values: dict[str, Any]) -> Any:
     from histill.distill import read_parts
 
     seed = values["seed"] if values["split_seed"] is None else values["split_seed"]
-    return read_parts(Path(values["data"]), seed=seed, **{n: values[n] for n in ("val", "test", "patient")})
+    return read_parts(Path(values["data"]), seed=seed, **{n: values[n] for n in _SPLIT if n != "split_seed"})
 
 
 def _merged(*some: dict[str, tuple[Any, Any, str]]) -> dict[str, tuple[Any, Any, str]]:
@@ -211,6 +229,10 @@ def _train_command(name: str) -> Any:
         "compile": (bool, False, "compile the network with torch.compile."),
         "code": (Path | None, None, "the Python file of a teacher's network that is not Histill's."),
     }
+    if not _takes_data(function):
+        common = _common(*(n for n, *_ in _COMMON if n not in ("data", *_SPLIT)))
+        flags = _merged(common, _signature(function, _WORDS), extra)
+        return _command(f"Run one experiment: {name}.", flags, lambda values: _train(name, function, flags, values))
     flags = _merged(_common(), _signature(function), extra)
     if "teacher" in flags:
         flags["weighting"] = (
@@ -219,6 +241,11 @@ def _train_command(name: str) -> Any:
             "of several teachers: the mean of their probabilities, or by each one's confidence in the image's label.",
         )
     return _command(f"Run one experiment: {name}.", flags, lambda values: _train(name, function, flags, values))
+
+
+def _takes_data(function: Callable[..., Any]) -> bool:
+    """Whether a recipe learns from images with labels or masks; one that does not takes ``--unlabelled`` alone."""
+    return "data" in inspect.signature(function).parameters
 
 
 def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str, Any]) -> None:
@@ -241,17 +268,22 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
         values = _agreed(given, values, recorded["command"])
     else:
         _check_free(out)
-    if values["data"] is None:
-        raise BadInput("--data: give a folder of class folders or a CSV manifest")
+    if (needed := "data" if _takes_data(function) else "unlabelled") and values[needed] is None:
+        raise BadInput(_LACKING[needed])
     record = {n: plain(v) for n, v in values.items() if n != "resume"}
-    own = {n: values.pop(n) for n in (*_SPLIT, "data", "device", "precision", "resume", "logger", "compile", "code")}
-    images = _images(own | {"seed": values.get("seed", 0)})
-    weighting = values.pop("weighting", "mean")
-    if values.get("teacher"):
-        values["teacher"] = open_teachers(values["teacher"], images, weighting=weighting, code=own["code"])
+    machine = ("device", "precision", "resume", "logger", "compile", "code")
+    own = {n: values.pop(n) for n in (*_SPLIT, "data", *machine) if n in values}
     if values.get("unlabelled"):
         values["unlabelled"] = read_unlabelled(values["unlabelled"])
-    experiment = function(data=images, **values)
+    if needed == "data":
+        images = _images(own | {"seed": values.get("seed", 0)})
+        weighting = values.pop("weighting", "mean")
+        if values.get("teacher"):
+            values["teacher"] = open_teachers(values["teacher"], images, weighting=weighting, code=own["code"])
+        values["data"] = images
+    elif values.get("teacher"):
+        values["teacher"] = values["teacher"][0] if len(values["teacher"]) == 1 else values["teacher"]
+    experiment = function(**values)
     _check_trains(experiment)
     done = train(
         experiment,
@@ -337,7 +369,7 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
     else:
         _check_free(out)
     if values["data"] is None:
-        raise BadInput("--data: give a folder of class folders or a CSV manifest")
+        raise BadInput(_LACKING["data"])
     record = {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if n != "resume"}
     # What is wrong with the images or the student is found before the folder is taken and the teacher trained.
     images = _images(values)
@@ -391,7 +423,7 @@ def _study_command(name: str) -> Any:
     def work(values: dict[str, Any]) -> None:
         values = {n: d for n, (_, d, _) in flags.items()} | values
         if values["data"] is None:
-            raise BadInput("--data: give a folder of class folders or a CSV manifest")
+            raise BadInput(_LACKING["data"])
         images = _images(values)
         values = {n: v for n, v in values.items() if n not in (*_SPLIT, "data")}
         print(function(images, **values))  # noqa: T201

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +146,10 @@ def _train(
 
     torch.manual_seed(experiment.seed)
     student = experiment.student().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    freeze(student, experiment.frozen)
     learner = Learner(student, experiment)
     average = _Average(student, experiment.ema, fabric.device) if experiment.ema else None
-    optimizer = experiment.optimizer(learner.parameters())
+    optimizer = experiment.optimizer([p for p in learner.parameters() if p.requires_grad])
     rates = [group["lr"] for group in optimizer.param_groups]
     forward, optimizer = fabric.setup(torch.compile(learner) if compile else learner, optimizer)
     info = record(experiment, packed, student) | {
@@ -229,6 +231,16 @@ def _train(
         _finish(experiment, out, info, state, judged, best, packed, rows, fabric)
         if not keep_checkpoint:
             checkpoint.unlink(missing_ok=True)
+
+
+def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Leave the parameters whose names fit a pattern as they are; `BadInput` where a pattern fits none."""
+    for pattern in patterns:
+        found = [p for name, p in network.named_parameters() if fnmatchcase(name, pattern)]
+        if not found:
+            raise BadInput(f"frozen: {type(network).__name__} has no parameter named {pattern}")
+        for parameter in found:
+            parameter.requires_grad_(False)
 
 
 def _load(checkpoint: Path, device: torch.device) -> dict[str, Any] | None:

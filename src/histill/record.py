@@ -23,6 +23,7 @@ __all__ = ["check_finished", "check_same", "describe", "record", "versions"]
 
 _SAME = (
     "network",
+    "frozen",
     "objective",
     "inputs",
     "teacher",
@@ -52,6 +53,7 @@ def record(experiment: Experiment, packed: Packed, student: nn.Module) -> dict[s
         "recipe": experiment.recipe,
         "network": describe(experiment.student),
         "parameters": sum(p.numel() for p in student.parameters() if p.requires_grad),
+        "frozen": list(experiment.frozen),
         "objective": _made_by(experiment.objective),
         "inputs": None if experiment.inputs is None else _made_by(experiment.inputs),
         "teacher": None if experiment.teacher is None else {"key": getattr(experiment.teacher, "key", "")},

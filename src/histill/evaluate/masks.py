@@ -9,7 +9,7 @@ that the network finds are matched one to one as well (`histill.evaluate.objects
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from histill.evaluate.metrics import Array
 
 __all__ = ["SELECTIONS", "MaskScores", "ask", "finish", "label_map", "predictions", "scores", "validate"]
 
-SELECTIONS: tuple[str, ...] = ("miou", "mdice", "loss", "last")
+SELECTIONS: tuple[str, ...] = ("miou", "mdice", "object_f1", "loss", "last")
+"""``object_f1`` where masks number nuclei and the network outlines them."""
+
 OBJECTS = ("tp", "fp", "fn", "iou")
 _BATCH = 16
 
@@ -107,7 +109,7 @@ class MaskScores:
 
 
 def label_map(outputs: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
-    """``(B, H, W)`` class numbers: the likeliest of the logits at full size; of a single logit, where it is positive."""
+    """``(B, H, W)`` class numbers at full size: the likeliest logit's; of a single logit, where it is positive."""
     logits = outputs["logits"].float()
     if logits.shape[-2:] != size:
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
@@ -129,14 +131,16 @@ def ask(
             outputs = network(batch.images)
             truth = batch.masks.clamp(max=1) if instances else batch.masks
             size = (truth.shape[-2], truth.shape[-1])
-            found["counts"].append(_count(label_map(outputs, size), truth, classes))
-            found["loss"].append(_cross_entropy(outputs["logits"], truth).double().cpu().numpy())
+            said = label_map(outputs, size)
             if instances and (draw := getattr(network, "instances", None)):
-                from histill.evaluate.objects import object_counts
+                from histill.evaluate.objects import match
 
-                said = draw(outputs, size)
-                pairs = zip(batch.masks.cpu().numpy(), said)
-                found.setdefault("objects", []).append(np.stack([object_counts(t, p) for t, p in pairs]))
+                nuclei = draw(outputs, size)
+                said = torch.from_numpy(nuclei > 0).long().to(truth.device)
+                pairs = zip(nuclei, batch.masks.cpu().numpy())
+                found.setdefault("objects", []).append(np.array([astuple(match(t, n)) for n, t in pairs]))
+            found["counts"].append(_count(said, truth, classes))
+            found["loss"].append(_cross_entropy(outputs["logits"], truth).double().cpu().numpy())
     network.train(mode)
     empty = {"counts": np.zeros((0, classes, 3)), "loss": np.zeros(0)}
     return {name: np.concatenate(values) if values else empty[name] for name, values in found.items()}

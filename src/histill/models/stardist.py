@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from histill.errors import BadInput
+from histill.models.weights import load_weights
 from histill.types import Outputs
 
 __all__ = ["GRID", "NMS_THRESHOLD", "PROB_THRESHOLD", "RECEPTIVE_FIELD", "StarDist", "percentile_limits"]
@@ -39,6 +40,7 @@ class StarDist(nn.Module):
     Args:
         rays: Directions in which the edge is measured.
         upsample: ``"nearest"`` as released, or ``"bilinear"`` as the RCKD paper draws it.
+        weights: None, or anything but ``"imagenet"`` that `load_weights` takes.
 
     Outputs: ``logits`` (B, 1, H/2, W/2), the nucleus logit; ``prob``, its sigmoid; ``dist`` (B, rays, H/2, W/2) in
     pixels; ``features`` (B, 128, H/2, W/2).
@@ -47,7 +49,12 @@ class StarDist(nn.Module):
         BadInput: Images whose sides are not multiples of 16.
     """
 
-    def __init__(self, rays: int = 32, upsample: Literal["nearest", "bilinear"] = "nearest") -> None:
+    def __init__(
+        self,
+        rays: int = 32,
+        upsample: Literal["nearest", "bilinear"] = "nearest",
+        weights: str | None = None,
+    ) -> None:
         super().__init__()
         if upsample not in ("nearest", "bilinear"):
             raise BadInput(f"upsample is nearest or bilinear, not {upsample!r}")
@@ -59,6 +66,7 @@ class StarDist(nn.Module):
         self.features = nn.Conv2d(32, 128, 3, padding=1)
         self.prob = nn.Conv2d(128, 1, 1)
         self.dist = nn.Conv2d(128, rays, 1)
+        load_weights(self, weights)
 
     def forward(self, images: Tensor, limits: Tensor | None = None) -> Outputs:
         height, width = images.shape[-2:]

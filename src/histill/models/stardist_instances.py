@@ -245,13 +245,13 @@ def _candidates(
     found = []
     for top, left, prob, dist in _tiles(network, whole, tile, overlap):
         row, column = torch.nonzero(prob > threshold, as_tuple=True)
-        score, rays = prob[row, column], dist[:, row, column].T
+        score, reach = prob[row, column], dist[:, row, column].T
         row, column = row + top // GRID, column + left // GRID
         allowed = (row >= border) & (row < rows - border) & (column >= border) & (column < columns - border)
         place = torch.stack([column, row], 1) * GRID
-        found.append([part[allowed].double().cpu().numpy() for part in (place, rays, score)])
-    points, dist, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return points, dist, scores
+        found.append([part[allowed].double().cpu().numpy() for part in (place, reach, score)])
+    points, rays, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return points, rays, scores
 
 
 def _tiles(network: nn.Module, whole: Tensor, tile: int, overlap: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:

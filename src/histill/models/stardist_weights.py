@@ -62,16 +62,15 @@ def load_keras(network: StarDist, weights: str | Path) -> None:
     """
     text = str(weights)
     path = _download(text) if text.startswith(("https://", "http://")) else Path(weights)
+    own, state = network.state_dict(), {}
     with _opened(path) as file:
         layers = _arrays(path, file)
-    numbered = sorted((name for name in layers if re.fullmatch(r"conv2d(_\d+)?", name)), key=lambda n: (len(n), n))
-    if len(numbered) != len(_STEM):
-        raise BadInput(f"{path} has {len(numbered)} layers before its U-Net, not 2: it is no StarDist model of grid 2")
-    state: dict[str, Tensor] = {}
-    own = network.state_dict()
-    for theirs, ours in {**dict(zip(numbered, _STEM, strict=True)), **_LAYERS}.items():
-        for kind, name in (("kernel", f"{ours}.weight"), ("bias", f"{ours}.bias")):
-            state[name] = _read(path, layers, theirs, kind, tuple(own[name].shape))
+        stem = sorted((name for name in layers if re.fullmatch(r"conv2d(_\d+)?", name)), key=lambda n: (len(n), n))
+        if len(stem) != len(_STEM):
+            raise BadInput(f"{path} has {len(stem)} layers before its U-Net, not 2: it is no StarDist model of grid 2")
+        for theirs, ours in {**dict(zip(stem, _STEM, strict=True)), **_LAYERS}.items():
+            for kind, name in (("kernel", f"{ours}.weight"), ("bias", f"{ours}.bias")):
+                state[name] = _read(path, layers, theirs, kind, tuple(own[name].shape))
     network.load_state_dict(state)
 
 

@@ -17,7 +17,7 @@ from histill.data.images import Images
 from histill.errors import BadInput
 from histill.files import atomic, cache_dir, digest, file_digest
 from histill.machine import find_device
-from histill.models.stardist_instances import predict_instances, predict_maps
+from histill.models.stardist_instances import predict_instances, predict_prob
 from histill.progress import progress
 from histill.teachers import weights_digest
 
@@ -55,8 +55,7 @@ def nuclei(
     """
     if kind == "instances":
         return np.asarray(predict_instances(segmenter, image, scale=scale).labels > 0)
-    prob, _ = predict_maps(segmenter, image, scale=scale)
-    return np.asarray(prob >= threshold)
+    return np.asarray(predict_prob(segmenter, image, scale=scale) >= threshold)
 
 
 def pseudo_label(

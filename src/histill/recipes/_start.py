@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
 from histill.errors import Failed
+from histill.models import CSAT, ResNet18SAT, Timm
+from histill.models.adapter import create
 from histill.progress import notice
 
-__all__ = ["start"]
+__all__ = ["backbone", "sized", "start"]
 
 
 def start(make: partial[nn.Module], weights: str) -> partial[nn.Module]:
@@ -31,3 +34,19 @@ def start(make: partial[nn.Module], weights: str) -> partial[nn.Module]:
         notice(f"{str(error).rstrip('.')}. Training from random weights instead: expect less of this network")
         return partial(make, weights=None)
     return partial(make, weights="imagenet")
+
+
+def backbone(network: str, image_size: int, classes: int) -> partial[nn.Module]:
+    """The network by its name; without classes it ends in its pooled features."""
+    ours: dict[str, Callable[..., nn.Module]] = {"CSAT": CSAT, "ResNet18SAT": ResNet18SAT}
+    if network in ours:
+        return partial(ours[network], classes=classes or 1)  # a head of one class is never asked
+    make: Callable[..., nn.Module] = Timm
+    return partial(make, name=network, classes=classes, **sized(network, image_size))
+
+
+def sized(network: str, image_size: int) -> dict[str, int]:
+    """What tells a network of fixed size the size of its images."""
+    embed = getattr(create(network, 0, pretrained=False), "patch_embed", None)
+    fixed = getattr(embed, "img_size", None)
+    return {} if fixed is None or fixed[0] == image_size else {"img_size": image_size}

@@ -18,14 +18,12 @@ from histill.data.images import Images
 from histill.data.views import Augment
 from histill.errors import BadInput
 from histill.experiment import Experiment, recipe
-from histill.models import CSAT, ResNet18SAT, Timm
-from histill.models.adapter import create
 from histill.models.masked import MaskedTimm
 from histill.pretrain import mixing
 from histill.pretrain.lars import adamw, lars, rising, sgd
 from histill.pretrain.mixing import Mix, Mixed
 from histill.pretrain.objectives import MAE, BarlowTwins, MoCo, SimCLR, two_views
-from histill.recipes._start import start
+from histill.recipes._start import backbone, sized, start
 from histill.run import Run, without_weights
 from histill.teachers import Keyed, as_teacher
 from histill.types import Objective
@@ -128,7 +126,7 @@ def pretrain(
         if value is not None and (method not in takers or not value > 0):
             raise BadInput(f"--{name} {value}: a number above 0 for {' or '.join(takers)}; --method is {method}")
     published = _PUBLISHED[method]
-    made = start(_masked(network, image_size) if method == "mae" else _backbone(network, image_size, 0), weights)
+    made = start(_masked(network, image_size) if method == "mae" else backbone(network, image_size, 0), weights)
     head: dict[str, Any] = {} if head_width is None else {"head_width": head_width}
     if method in ("moco", "simclr"):
         cold = 0.2 if method == "moco" else 0.1 if image_size >= 96 else 0.5
@@ -193,7 +191,7 @@ def supervised(
         taught = Mixed(taught, mixture)
     return Experiment(
         data=data,
-        student=start(_backbone(network, image_size, len(data.classes)), weights),
+        student=start(backbone(network, image_size, len(data.classes)), weights),
         objective=partial(mixing.supervised, mix=mixture),
         teacher=taught,
         cache=False,
@@ -211,29 +209,13 @@ def supervised(
     )
 
 
-def _backbone(network: str, image_size: int, classes: int) -> partial[nn.Module]:
-    """The network by its name; without classes it ends in its pooled features."""
-    ours: dict[str, Callable[..., nn.Module]] = {"CSAT": CSAT, "ResNet18SAT": ResNet18SAT}
-    if network in ours:
-        return partial(ours[network], classes=classes or 1)  # a head of one class is never asked
-    make: Callable[..., nn.Module] = Timm
-    return partial(make, name=network, classes=classes, **_sized(network, image_size))
-
-
 def _masked(network: str, image_size: int) -> partial[nn.Module]:
     if network in ("CSAT", "ResNet18SAT"):
         raise BadInput(
             f"--method mae hides patches of a vision transformer, such as vit_base_patch16_224, not {network}"
         )
     make: Callable[..., nn.Module] = MaskedTimm
-    return partial(make, name=network, **_sized(network, image_size))
-
-
-def _sized(network: str, image_size: int) -> dict[str, int]:
-    """What tells a network of fixed size the size of its images."""
-    embed = getattr(create(network, 0, pretrained=False), "patch_embed", None)
-    fixed = getattr(embed, "img_size", None)
-    return {} if fixed is None or fixed[0] == image_size else {"img_size": image_size}
+    return partial(make, name=network, **sized(network, image_size))
 
 
 def _objective(method: str, made: partial[nn.Module], image_size: int, head: dict[str, Any]) -> Objective:
