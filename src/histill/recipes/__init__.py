@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["dsnet", "kd_convnext", "mac_resnet", "methods", "multi_exit"]
+__all__ = ["dsnet", "foundation", "kd_convnext", "mac_resnet", "methods", "multi_exit"]
 
 
 def __getattr__(name: str) -> ModuleType:
