@@ -94,6 +94,7 @@ def pretrain(
     head_width: int | None = None,
     temperature: float | None = None,
     queue: int | None = None,
+    momentum: float | None = None,
     strict: bool = False,
     seed: int = 0,
 ) -> Experiment:
@@ -114,6 +115,7 @@ def pretrain(
             of mae, as published).
         temperature: of moco (default 0.2) and simclr (default 0.1, and 0.5 for images below 96 pixels).
         queue: how many keys moco remembers (default: half the images, rounded down to whole batches, 65536 at most).
+        momentum: of the encoder of moco's keys (default: 0.999 as published; take less in a run of some hundred steps).
         strict: an unreadable image is an error.
         seed: of everything random.
 
@@ -122,10 +124,12 @@ def pretrain(
     """
     if method not in _PUBLISHED:
         raise BadInput(f"--method {method}: one of {', '.join(_PUBLISHED)}")
-    for name, value, takers in (("temperature", temperature, ("moco", "simclr")), ("queue", queue, ("moco",))):
-        if value is not None and (method not in takers or not value > 0):
-            raise BadInput(f"--{name} {value}: a number above 0 for {' or '.join(takers)}; --method is {method}")
     published = _PUBLISHED[method]
+    for name, value in (("temperature", temperature), ("queue", queue), ("momentum", momentum)):
+        takers = ("moco", "simclr") if name == "temperature" else ("moco",)
+        if value is not None and (method not in takers or not value > 0 or (name == "momentum" and value >= 1)):
+            kind = "between 0 and 1" if name == "momentum" else "above 0"
+            raise BadInput(f"--{name} {value}: a number {kind}, of {' and '.join(takers)} alone; --method is {method}")
     made = start(_masked(network, image_size) if method == "mae" else backbone(network, image_size, 0), weights)
     head: dict[str, Any] = {} if head_width is None else {"head_width": head_width}
     if method in ("moco", "simclr"):
@@ -134,6 +138,7 @@ def pretrain(
     if method == "moco":
         half = len(unlabelled) // 2 // batch_size * batch_size
         head["queue"] = min(65536, max(batch_size, half)) if queue is None else queue
+        head["momentum"] = 0.999 if momentum is None else momentum
     return Experiment(
         data=unlabelled,
         student=made,
