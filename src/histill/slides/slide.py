@@ -70,6 +70,7 @@ class Slide:
     def __init__(self, path: Path, way: Way, mpp: float | None = None) -> None:
         self.path, self.reader, self.why, self.properties = path, way.reader, way.why, way.properties
         self._source = source = way.source
+        self._given_mpp = mpp
         properties = way.properties
         self.level_dimensions: Sequence[tuple[int, int]] = tuple(source.sizes)
         self.dimensions = self.level_dimensions[0]
@@ -86,6 +87,9 @@ class Slide:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open_slide, (self.path, self._given_mpp)  # another process opens the file for itself
 
     def __repr__(self) -> str:
         mpp = f"{self.mpp:g} um/px" if self.mpp else "no um/px"

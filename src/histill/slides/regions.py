@@ -1,0 +1,80 @@
+"""What a user drew over a slide, as masks: QuPath's GeoJSON, or an image of any size that covers the slide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from histill.errors import BadInput, require
+from histill.slides.slide import Slide
+
+__all__ = ["GEOJSON", "MAX_MASK_PX", "is_geojson", "paint", "read_mask"]
+
+GEOJSON = (".geojson", ".json", ".geojson.gz", ".json.gz")
+MAX_MASK_PX = 1 << 30
+"""Of a mask image; a byte each."""
+
+_ASPECT = 0.02  # by how much a mask's shape may differ from its slide's
+
+
+def is_geojson(path: Path) -> bool:
+    """Whether ``path`` is named like GeoJSON; everything else is taken for an image."""
+    return path.name.lower().endswith(GEOJSON)
+
+
+def paint(mask: NDArray[np.uint8], shapes: Iterable[Any], downsample: tuple[float, float], value: int = 1) -> None:
+    """Set to ``value`` what of ``mask`` lies in ``shapes``, shapely polygons in level-0 pixels, holes apart.
+
+    Each is drawn within its own bounding box, so that thousands of small ones cost what they cover.
+    """
+    shapely = require("shapely", "slides")
+    scale = np.asarray(downsample)
+    for polygon in shapely.get_parts(list(shapes)):
+        left, top, right, bottom = polygon.bounds / np.tile(scale, 2)
+        x0, y0 = max(0, int(left) - 1), max(0, int(top) - 1)
+        x1, y1 = min(mask.shape[1], int(right) + 2), min(mask.shape[0], int(bottom) + 2)
+        if x0 >= x1 or y0 >= y1:
+            continue
+        picture = Image.new("1", (x1 - x0, y1 - y0))
+        draw = ImageDraw.Draw(picture)
+        for number, ring in enumerate((polygon.exterior, *polygon.interiors)):
+            points = np.asarray(ring.coords)[:, :2] / scale - (x0 + 0.5, y0 + 0.5)  # Pillow counts pixel centres
+            draw.polygon([(float(x), float(y)) for x, y in points], fill=int(number == 0))
+        mask[y0:y1, x0:x1][np.asarray(picture)] = value
+
+
+def read_mask(path: Path, slide: Slide) -> NDArray[np.uint8]:
+    """``(H, W)`` of an image whose values are classes (0: none), over the whole of ``slide`` whatever its size.
+
+    A palette's indices are its values. Colours have none, but black is 0 and anything else 1.
+
+    Raises:
+        BadInput: no image, values above 255, or another shape than the slide's.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        Image.MAX_IMAGE_PIXELS = MAX_MASK_PX // 2  # Pillow refuses what has twice as many
+        with Image.open(path) as picture:
+            picture.load()
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such mask") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: not a readable mask ({error})") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    values: NDArray[Any] = np.asarray(picture)
+    if values.ndim == 3:
+        values = np.asarray(values[..., :3].any(-1))
+    if values.dtype.kind not in "bui" or (values.dtype.itemsize > 1 and not 0 <= values.min() <= values.max() <= 255):
+        raise BadInput(f"{path}: a mask's values are classes from 0 to 255")
+    height, width = values.shape
+    if abs(width / height * slide.dimensions[1] / slide.dimensions[0] - 1) > max(_ASPECT, 2 / min(width, height)):
+        raise BadInput(
+            f"{path}: {width} x {height} pixels do not cover a slide of {slide.dimensions[0]} x {slide.dimensions[1]}"
+        )
+    return np.asarray(values, np.uint8)
