@@ -186,17 +186,22 @@ def mend(shape: Polygon | MultiPolygon) -> Polygon | MultiPolygon | None:
     shapely = require("shapely", "slides")
     if not np.isfinite(shapely.get_coordinates(shape)).all():
         raise BadInput("an outline has a coordinate that is not a number")
-    for decimals in (_DECIMALS, 1, 0):
-        found = shape if shape.is_valid else shapely.make_valid(shape, method="structure", keep_collapsed=False)
-        found = shapely.set_precision(found, 10.0**-decimals)
-        found = shapely.transform(found, lambda xy, decimals=decimals: np.round(xy, decimals))
+    found: Any = shape
+    for attempt in range(6):
+        if not found.is_valid:
+            found = shapely.make_valid(found, method="structure", keep_collapsed=False)
+        if attempt > 1:  # rounding brings parts into contact again and again: draw them a little apart
+            found = found.buffer(-attempt * 10.0**-_DECIMALS, join_style="mitre")
+        found = shapely.set_precision(found, 10.0**-_DECIMALS)
+        found = shapely.transform(found, lambda xy: np.round(xy, _DECIMALS))
         parts = [part for part in _polygons(found) if part.area > 0]
         if not parts:
             return None
         found = shapely.orient_polygons(parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts))
         if found.is_valid:
-            break
-    return found
+            return found
+    valid = [part for part in parts if part.is_valid]
+    return shapely.orient_polygons(max(valid, key=lambda part: part.area)) if valid else None
 
 
 def _polygons(shape: Any) -> list[Any]:
@@ -229,13 +234,15 @@ def read_geojson(path: str | Path) -> list[Feature]:
             if (points := len(shapely.get_coordinates(shape))) > _MOST_MENDED:
                 raise BadInput(f"{where} crosses itself and has {points:,} points; simplify it where it was drawn")
             mended += 1
-        tidy = None if shape.is_empty else mend(shape)
-        if tidy is None:
+            parts = _polygons(shapely.make_valid(shape, method="structure", keep_collapsed=False))
+        parts = [part for part in parts if part.area > 0]
+        if not parts:
             empty += 1
             continue
+        shape = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
         properties = entry.get("properties")
         label, name = _named(properties if isinstance(properties, dict) else {})
-        features.append(Feature(tidy, label, name=name))
+        features.append(Feature(shape, label, name=name))
     if mended:
         notice(f"{path}: {mended} outlines crossed themselves and were mended")
     if empty:
@@ -305,7 +312,7 @@ def _read(geometry: Any, where: str) -> list[Any]:
 def _ring(ring: Any, where: str) -> np.ndarray[Any, Any] | None:
     """``(N, 2)`` closed; None where it has no three points."""
     try:
-        points = np.asarray(ring if isinstance(ring, list) and ring else np.empty((0, 2)))
+        points = np.asarray(ring if ring != [] else np.empty((0, 2)))
     except ValueError:
         points = np.empty(0, object)
     if points.dtype.kind not in "iuf" or points.ndim != 2 or points.shape[1] < 2:

@@ -165,10 +165,10 @@ def _bordered(margin: NDArray[np.float32], covered: NDArray[np.bool_]) -> NDArra
 
 def _contours(field: NDArray[np.float32]) -> Iterator[list[NDArray[np.float64]]]:
     """Rings, the outer one first, of each area where ``field``, padded by one, is above 0; in map pixels."""
-    generator = contourpy.contour_generator(
+    generator: Any = contourpy.contour_generator(
         z=field, name="serial", fill_type=contourpy.FillType.OuterOffset, chunk_count=1
     )
-    shapes, offsets, *_ = generator.filled(1e-6, np.inf)
+    shapes, offsets = generator.filled(1e-6, np.inf)
     for points, starts in zip(shapes, offsets):
         # Pixel i of the padded field has its centre at i, which is i - 1 + 0.5 of the map.
         yield [np.asarray(points[a:b]) - 0.5 for a, b in pairwise(starts)]
