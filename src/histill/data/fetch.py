@@ -21,7 +21,7 @@ from histill.data.sets import DataSet, File, get, manifest
 from histill.data.sets._manifest import By
 from histill.data.unpack import gunzip, unpack
 from histill.errors import BadInput, Failed
-from histill.files import locked, read_json, write_json
+from histill.files import locked, read_json, sweep, write_json
 from histill.progress import Bar, notice, progress, say
 
 __all__ = ["download", "fetch", "next_command"]
@@ -52,6 +52,7 @@ def fetch(name: str, out: str | Path | None = None, *, by: By = "patient") -> Pa
     data = get(name)
     folder = Path(name if out is None else out)
     with locked(folder):
+        sweep(folder)
         record = read_json(folder / _RECORD) if (folder / _RECORD).exists() else {}
         missing = []
         for file in data.files:
@@ -111,6 +112,7 @@ def _have(data: DataSet, file: File, folder: Path, state: dict[str, Any]) -> Non
             raise Failed(f"{error}; run this again to go on, or download it by hand ({data.homepage})") from None
         if wrong := _verify(file, part, state):
             part.unlink()
+            _note(part).unlink(missing_ok=True)
             raise Failed(f"{file.url}: {wrong}; what came was removed, run this again")
         os.replace(part, target)
         _note(part).unlink(missing_ok=True)
