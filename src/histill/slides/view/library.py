@@ -28,7 +28,8 @@ DISAGREEMENT = "disagreement"
 AGAINST = "against:"
 """Before a class, the layer of the other model."""
 
-_DISAGREEMENT_COLOR = (255, 225, 25)
+_DISAGREEMENT_COLOR = (0, 180, 255)  # unlike stains and classes
+_TURNS = 0.5  # a difference by which the answer turns is shown opaque
 _PALETTE: Sequence[Color] = ((0, 158, 115), (213, 94, 0), (0, 114, 178), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 _OPEN_SLIDES = 16
 
@@ -42,12 +43,14 @@ class Layer:
         title: what it is, as the page says it.
         color: RGB.
         heat: its values.
+        opaque: from which value on it is drawn opaque.
     """
 
     group: str
     title: str
     color: Color
     heat: Heat
+    opaque: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +200,9 @@ def _entry(name: str, place: Path, root: Path, other: Path | None, against: Path
                 layers[AGAINST + label] = Layer(against.resolve().name, label, color, Channel(theirs, number))
             if both:
                 between = f"{title} against {against.resolve().name}"
-                layers[DISAGREEMENT] = Layer(between, DISAGREEMENT, _DISAGREEMENT_COLOR, Difference(mine, theirs, both))
+                layers[DISAGREEMENT] = Layer(
+                    between, DISAGREEMENT, _DISAGREEMENT_COLOR, Difference(mine, theirs, both), _TURNS
+                )
             else:
                 notice(f"{name}: the two models share no class, so they are not subtracted")
     lesions = next((p for p in (place / "lesions.geojson", place / "lesions.geojson.gz") if _inside(p, root)), None)

@@ -32,8 +32,7 @@ def slide_pixels(slide: Slide, scale: int, box: Box) -> Pixels:
     ratio = scale / slide.level_downsamples[level]
     if width * height * ratio * ratio > MOST_PX:
         if width * height == 1:
-            finer = slide_pixels(slide, scale // 2, Box(2 * box.x0, 2 * box.y0, 2 * box.x1, 2 * box.y1))
-            return np.asarray(np.rint(finer.mean((0, 1), keepdims=True)), np.uint8)
+            return _quarters(slide, scale, box)
         x0, y0, x1, y1 = box
         if width >= height:
             middle = (x0 + x1) // 2
@@ -42,19 +41,47 @@ def slide_pixels(slide: Slide, scale: int, box: Box) -> Pixels:
             middle = (y0 + y1) // 2
             halves = [slide_pixels(slide, scale, part) for part in (Box(x0, y0, x1, middle), Box(x0, middle, x1, y1))]
         return np.concatenate(halves, axis=1 if width >= height else 0)
-    # Edges in the level's own pixels; the last pixel of a level may lie half beyond the slide, and is not whitened.
     wide, tall = slide.level_dimensions[level]
-    begin_x, begin_y = min(box.x0 * ratio, wide - 1), min(box.y0 * ratio, tall - 1)
-    end_x, end_y = min(box.x1 * ratio, wide), min(box.y1 * ratio, tall)
-    left, top = math.floor(begin_x), math.floor(begin_y)
-    across, down = math.ceil(end_x - 1e-6) - left, math.ceil(end_y - 1e-6) - top
+    left, top = min(math.floor(box.x0 * ratio), wide - 1), min(math.floor(box.y0 * ratio), tall - 1)
+    right, bottom = (math.ceil(min(edge * ratio, side) - 1e-6) for edge, side in ((box.x1, wide), (box.y1, tall)))
     own = slide.level_downsamples[level]
-    pixels = slide.read(round(left * own), round(top * own), across, down, level)
-    if (across, down) == (width, height) and abs(ratio - 1) < 0.001:
+    pixels = slide.read(round(left * own), round(top * own), right - left, bottom - top, level)
+    if pixels.shape[:2] == (height, width) and abs(ratio - 1) < 0.001:
         return pixels
-    part = (begin_x - left, begin_y - top, min(end_x - left, across), min(end_y - top, down))
-    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX, box=part)
-    return np.asarray(image, dtype=np.uint8)
+    return _shrink(pixels, ratio, box, left, top)
+
+
+def _quarters(slide: Slide, scale: int, box: Box) -> Pixels:
+    """One pixel, from the four of half its width, each for as much of the slide as it covers."""
+    half = scale // 2
+    firsts = 2 * box.x0, 2 * box.y0
+    lasts = [min(first + 2, -(-side // half)) for first, side in zip(firsts, slide.dimensions)]
+    finer = slide_pixels(slide, half, Box(*firsts, *lasts))
+    across, down = (
+        [min(half, side - n * half) for n in range(first, last)]
+        for first, last, side in zip(firsts, lasts, slide.dimensions)
+    )
+    weights = np.outer(down, across)
+    mean = np.tensordot(weights, finer, axes=2) / weights.sum()
+    return np.asarray(np.rint(mean), np.uint8).reshape(1, 1, 3)
+
+
+def _shrink(pixels: Pixels, ratio: float, box: Box, left: int, top: int) -> Pixels:
+    """The mean of ``ratio`` by ``ratio`` pixels for each of ``box``; at the slide's end of those that there are."""
+    source, (tall, wide, _), (width, height) = Image.fromarray(pixels), pixels.shape, box.size
+    out = np.empty((height, width, 3), np.uint8)
+    for x0, x1 in _whole_and_rest(width, (box.x1 * ratio - left) > wide + 1e-6):
+        for y0, y1 in _whole_and_rest(height, (box.y1 * ratio - top) > tall + 1e-6):
+            begin = max((box.x0 + x0) * ratio - left, 0), max((box.y0 + y0) * ratio - top, 0)
+            end = min((box.x0 + x1) * ratio - left, wide), min((box.y0 + y1) * ratio - top, tall)
+            part = source.resize((x1 - x0, y1 - y0), Image.Resampling.BOX, box=(*begin, *end))
+            out[y0:y1, x0:x1] = np.asarray(part, dtype=np.uint8)
+    return out
+
+
+def _whole_and_rest(count: int, ends: bool) -> list[tuple[int, int]]:
+    """All pixels of a row, or where the slide ends within the last, that one apart."""
+    return [(0, count - 1), (count - 1, count)][count == 1 :] if ends else [(0, count)]
 
 
 def tile_jpeg(slide: Slide, zoom: DeepZoom, level: int, column: int, row: int) -> bytes:
@@ -82,19 +109,19 @@ def heat_values(heat: Heat, zoom: DeepZoom, level: int, box: Box) -> Pixels:
     return heat.sample(xs, ys, scale)
 
 
-def overlay_png(values: Pixels, color: Color, threshold: float) -> bytes:
-    """``color``, as opaque as the value is probable, and transparent below ``threshold`` and where the value is 0."""
+def overlay_png(values: Pixels, color: Color, threshold: float, opaque: float = 1.0) -> bytes:
+    """``color``, the higher the value the more opaque, wholly from ``opaque`` on, not at all below ``threshold``."""
     with io.BytesIO() as file:
-        Image.fromarray(_table(color, threshold)[values]).save(file, "PNG", compress_level=1)
+        Image.fromarray(_table(color, threshold, opaque)[values]).save(file, "PNG", compress_level=1)
         return file.getvalue()
 
 
 @lru_cache(maxsize=256)
-def _table(color: Color, threshold: float) -> Pixels:
+def _table(color: Color, threshold: float, opaque: float) -> Pixels:
     """``(256, 4)`` RGBA of every value."""
-    values = np.arange(256, dtype=np.uint8)
-    table = np.empty((256, 4), np.uint8)
+    values = np.arange(256)
+    table = np.zeros((256, 4), np.uint8)
     table[:, :3] = color
-    table[:, 3] = np.where(values >= math.ceil(threshold * 255 - 1e-9), values, 0)
-    table[table[:, 3] == 0] = 0
+    table[:, 3] = np.rint(np.minimum(values / opaque, 255))
+    table[values < max(1, math.ceil(threshold * 255 - 1e-9))] = 0
     return table

@@ -18,7 +18,8 @@ import re
 import secrets
 import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ from histill.slides.view.library import Entry, Library
 __all__ = ["Limits", "Viewer", "is_loopback"]
 
 _HERE = Path(__file__).parent
-_BOKEH = "bokeh.min.js"
+_BOKEH = ("bokeh.min.js", "bokeh-api.min.js")
 _OWN = {"viewer.js": "text/javascript", "plane.js": "text/javascript", "viewer.css": "text/css"}
+_PATIENCE_S = 2.0  # with connections that are open when the viewer stops
 _TILE = re.compile(r"(0|[1-9][0-9]{0,8})_(0|[1-9][0-9]{0,8})")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 _ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -126,7 +128,7 @@ class Viewer:
         self.names = {"localhost", host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()} - {""}
         self.static = {name: (_HERE / "static" / name, kind) for name, kind in _OWN.items()}
         bokeh = Path(require("bokeh.util.paths", "viewer").static_path())
-        self.static[_BOKEH] = bokeh / "js" / _BOKEH, "text/javascript"
+        self.static |= {name: (bokeh / "js" / name, "text/javascript") for name in _BOKEH}
         loader = jinja2.FileSystemLoader(_HERE / "templates")
         self.pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
         self.pages.filters["segment"] = lambda text: quote(text, safe="")
@@ -168,10 +170,11 @@ class Viewer:
 
     async def stop(self) -> None:
         """Stop listening and close what is open."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
         if self._server is not None:
             self._server.stop()
-            await self._server.close_all_connections()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._server.close_all_connections(), _PATIENCE_S)
 
     async def work(self, key: str, make: Callable[[], bytes]) -> bytes:
         """Bytes from the cache, or made by a thread of the pool."""
@@ -180,6 +183,8 @@ class Viewer:
         self.waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self.pool, self.tiles.get, key, make)
+        except CancelledError:  # the viewer stops
+            raise HTTPError(503) from None
         finally:
             self.waiting -= 1
 
@@ -333,7 +338,7 @@ class _Handler(RequestHandler):
 
         def make() -> bytes:
             values = render.heat_values(layer.heat, entry.zoom, place[0], box)
-            return render.overlay_png(values, layer.color, threshold)
+            return render.overlay_png(values, layer.color, threshold, layer.opaque)
 
         await self._tile(entry, "image/png", make, f"threshold={threshold!r}")
 

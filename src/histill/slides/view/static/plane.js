@@ -118,7 +118,7 @@ class TileLayerView extends Models.TileRenderer.prototype.default_view {
       if (!tiles.coming.has(key) && !(failed && Date.now() - failed < 5000)) tiles.fetch(level, column, row);
     }
     this.model.waiting = missing.length;
-    this.model.level = level;
+    this.model.drawn = level;
   }
 
   /** What a tile covers, drawn from it or from the nearest coarser one that is here. */

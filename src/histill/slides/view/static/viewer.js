@@ -72,7 +72,7 @@ function probability({measurements, label}) {
 class Page {
   constructor(Plane, slide, lesions) {
     this.slide = slide; this.lesions = lesions; this.shown = new Set(); this.chosen = -1;
-    this.threshold = .5; this.opacity = .6;
+    this.threshold = .5; this.doubt = .2; this.opacity = .45;
     this.plane = new Plane($("plane"), [slide.width, slide.height], slide.levels - 1);
   }
 
@@ -80,8 +80,11 @@ class Page {
     return `/slides/${part(this.slide.name)}/${level}/${column}_${row}.jpeg?v=${this.slide.version}`;
   }
 
+  /** From which value on a layer is shown: a probability, or a difference of two. */
+  from(layer) { return layer.name === "disagreement" ? this.doubt : this.threshold; }
+
   overlayUrl(layer) {
-    const threshold = this.threshold.toFixed(2);
+    const threshold = this.from(layer).toFixed(2);
     return (level, column, row) =>
       `/overlays/${part(this.slide.name)}/${part(layer.name)}/${level}/${column}_${row}.png?threshold=${threshold}&v=${this.slide.version}`;
   }
@@ -138,39 +141,37 @@ class Page {
       const last = this.slide.levels - 1;
       const to = Math.max(0, Math.min(last, last - Math.floor(Math.log2(Math.max(1, layer.pixel / 2)))));
       layer.tiles = this.plane.add(this.overlayUrl(layer), {opaque: false, to});
-      layer.threshold = this.threshold;
+      layer.threshold = this.from(layer);
       this.plane.figure.renderers = [  // outlines stay on top
         ...this.plane.figure.renderers.filter((one) => one !== this.outlines), ...(this.outlines ? [this.outlines] : [])];
     }
     if (!layer.tiles) return;
     layer.tiles.alpha = this.opacity;
     layer.tiles.visible = shown;
-    if (shown && layer.threshold !== this.threshold) {
-      layer.threshold = this.threshold;
+    if (shown && layer.threshold !== this.from(layer)) {
+      layer.threshold = this.from(layer);
       layer.tiles.tiles.readdress(this.overlayUrl(layer));
     }
   }
 
   sliders() {
-    const opacity = $("opacity"), threshold = $("threshold");
-    const say = () => {
-      $("opacity-value").textContent = `${Math.round(this.opacity * 100)} %`;
-      $("threshold-value").textContent = `p ≥ ${this.threshold.toFixed(2)}`;
-    };
-    opacity.addEventListener("input", () => {
-      this.opacity = opacity.value / 100;
-      say();
-      for (const layer of this.slide.layers) this.apply(layer);
-    });
     let waiting;
-    threshold.addEventListener("input", () => {
-      this.threshold = threshold.value / 100;
-      say();
-      clearTimeout(waiting);
-      waiting = setTimeout(() => { for (const layer of this.slide.layers) this.apply(layer); }, 60);
-    });
-    opacity.value = this.opacity * 100; threshold.value = this.threshold * 100;
-    say();
+    const all = () => { for (const layer of this.slide.layers) this.apply(layer); };
+    const slider = (id, name, say, pause) => {
+      const input = $(id), show = () => { $(`${id}-value`).textContent = say(this[name]); };
+      input.value = this[name] * 100;
+      input.addEventListener("input", () => {
+        this[name] = input.value / 100;
+        show();
+        clearTimeout(waiting);
+        if (pause) waiting = setTimeout(all, pause); else all();
+      });
+      show();
+    };
+    slider("opacity", "opacity", (value) => `${Math.round(value * 100)} %`, 0);
+    slider("threshold", "threshold", (value) => `p ≥ ${value.toFixed(2)}`, 60);
+    slider("doubt", "doubt", (value) => `≥ ${value.toFixed(2)}`, 60);
+    $("doubt").parentElement.hidden = !this.slide.layers.some(({name}) => name === "disagreement");
   }
 
   // Lesions -------------------------------------------------------------------------------------------------------
