@@ -16,7 +16,7 @@ from tiny import no_page, table
 import histill as hs
 from histill import cli
 from histill.experiment import Experiment, recipes
-from histill.flags import _docs
+from histill.flags import described
 
 TINY: dict[str, dict[str, Any]] = {
     "dsnet": {"image_size": 24, "teacher_network": "dsnet", "teacher_weights": "none"},
@@ -55,7 +55,7 @@ def test_every_argument_is_described_and_the_shared_ones_have_the_same_names(nam
     for part in ("teacher", "student"):
         function = getattr(module(name), part)
         taken = set(inspect.signature(function).parameters)
-        assert taken - {"data"} <= set(_docs(function)), (name, part)
+        assert taken - {"data"} <= set(described(function)), (name, part)
         wanted = {
             "data",
             "network",

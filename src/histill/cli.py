@@ -55,7 +55,7 @@ def run(tokens: list[str]) -> int:
     """Run a command and return its exit status; what goes wrong is one line on stderr."""
     try:
         if tokens and tokens[0] in VERBS:
-            from histill.flags import recipe_command
+            from histill.verbs import recipe_command
 
             verb, command = recipe_command(tokens, VERBS[tokens[0]])
             del app[verb]
@@ -100,7 +100,7 @@ def demo(*, out: Path = Path("demo"), seed: int = 0) -> None:
         seed: of the phantom tissue and the trainings.
     """
     from histill.demo import demo as work
-    from histill.flags import summary_lines
+    from histill.verbs import summary_lines
 
     summary, page = work(out, seed=seed)
     _print(summary_lines(summary))

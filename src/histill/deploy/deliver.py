@@ -132,8 +132,8 @@ def _export_exits(run: Run, folder: Path, loss: float, mpp: float | None) -> dic
     return said | parity | _accuracy(run, predictor)
 
 
-def deliver(out: Path, student: Run, teacher: Run) -> dict[str, Any]:
-    """``student.onnx`` and ``student.int8.onnx`` in ``out``, and what teacher and student cost in one runtime.
+def deliver(out: Path, student: Run, teacher: Run | None) -> dict[str, Any]:
+    """``student.onnx`` and ``student.int8.onnx`` in ``out``, and what student and teacher, if any, cost in one runtime.
 
     Returns:
         ``export`` and ``efficiency`` of ``summary.json``; empty, with a notice, where ONNX is not installed.
@@ -145,15 +145,12 @@ def deliver(out: Path, student: Run, teacher: Run) -> dict[str, Any]:
     for found in files.values():
         found["path"] = Path(found["path"]).name
     with tempfile.TemporaryDirectory(dir=out, prefix=".teacher-", suffix=".tmp") as folder:
-        large = teacher.network()
-        kind: dict[str, Any] = {"image_size": teacher.image_size, "classes": teacher.classes}
-        path = to_onnx(large, Path(folder) / "teacher.onnx", **kind)
         small = student.network()
-        models = {
-            "teacher": (large, path),
-            "student": (small, out / "student.onnx"),
-            "student_int8": (small, out / "student.int8.onnx"),
-        }
+        models = {"student": (small, out / "student.onnx"), "student_int8": (small, out / "student.int8.onnx")}
+        if teacher is not None:
+            large = teacher.network()
+            kind: dict[str, Any] = {"image_size": teacher.image_size, "classes": teacher.classes}
+            models = {"teacher": (large, to_onnx(large, Path(folder) / "teacher.onnx", **kind)), **models}
         with progress("timing", 80, "rounds") as bar:
             costs = efficiency(models, repeats=40, seconds=10.0, progress=bar.advance)
     return {"export": files, "efficiency": costs}
@@ -255,9 +252,9 @@ def _batches(run: Run, split: str, most: int) -> Iterator[NDArray[np.float32]]:
 
 
 def _accuracy(run: Run, predictor: Predictor) -> dict[str, float]:
-    """Accuracy on the test images, and what was lost against the run."""
+    """Accuracy on the labelled test images, and what was lost against the run."""
     data, rows = _rows(run, "test")
-    if not rows:
+    if not rows or data.masks:
         return {}
     right = 0
     for start in range(0, len(rows), _BATCH):

@@ -1,0 +1,229 @@
+"""The main job where the teacher does another task: pretrain on what it says of unlabelled images, then fine-tune.
+
+The same network is fine-tuned twice, from random weights and from the pretrained ones, on the same images, views,
+schedule and seeds; one page shows what the pretraining bought.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from histill.data.images import Images, few, read_unlabelled
+from histill.deploy.deliver import deliver
+from histill.distill import read_parts
+from histill.errors import BadInput
+from histill.evaluate import figures
+from histill.evaluate.finish import class_rows, counts, settings
+from histill.evaluate.finish import scores as label_scores
+from histill.evaluate.finish_masks import title
+from histill.evaluate.intervals import Judged, figures_over_seeds, figures_with_intervals, paired_gain
+from histill.evaluate.masks import scores as mask_scores
+from histill.evaluate.metrics import METRICS, Scores, confusion
+from histill.evaluate.page import Card, Cards, Picture, Section, Table, Text, write_report
+from histill.evaluate.report import TITLES, difference, share, shown, shown_gain
+from histill.experiment import load_recipe
+from histill.files import locked, sweep, write_json
+from histill.loop import train
+from histill.progress import notice, say
+from histill.run import Run
+
+__all__ = ["check_apart", "judged", "transfer", "transfers"]
+
+ROLES = ("student_alone", "student_distilled")
+
+
+def transfers(module: Any) -> bool:
+    """Whether a recipe pretrains and fine-tunes, instead of teaching a student the task itself."""
+    return all(callable(getattr(module, part, None)) for part in ("pretrain", "finetune"))
+
+
+def check_apart(unlabelled: Images, images: Images) -> None:
+    """Refuse to pretrain on the images that the student is judged on (`BadInput` names some)."""
+    frame = images.frame[images.frame["split"].isin(("val", "test"))]
+    held = set(frame["content"])
+    if len(leaked := unlabelled.frame["path"][unlabelled.frame["content"].isin(held)]):
+        raise BadInput(
+            f"leak: {len(leaked)} of the unlabelled images are validation or test images: {few(leaked)}; "
+            "take them out of --unlabelled"
+        )
+
+
+def judged(run: Run, split: str = "test") -> Judged:
+    """What a run said of a split's images, by labels or by masks."""
+    if run.info["data"].get("masks"):
+        return mask_scores(run.predictions, run.classes, split)
+    return label_scores(run.predictions, run.classes, split, positive=run.info["positive"])
+
+
+def transfer(
+    recipe: str,
+    data: Path,
+    out: Path,
+    *,
+    teacher: str | Sequence[str],
+    unlabelled: Path,
+    seeds: int = 1,
+    seed: int = 0,
+    split_seed: int | None = None,
+    reading: dict[str, Any] | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    resume: bool = False,
+    finetune_arguments: dict[str, Any] | None = None,
+    pretrain_arguments: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Pretrain once, fine-tune with each seed from random weights and from there, and say what it bought.
+
+    Args:
+        recipe: one with the parts ``pretrain`` and ``finetune``.
+        data: images with labels or masks.
+        out: where ``pretrained/``, ``student_alone/`` and ``student_distilled/`` go (with several seeds the latter two
+            in ``seed0/`` and so on).
+        teacher: what the recipe's ``pretrain`` learns from.
+        unlabelled: a folder of images.
+        seeds: how many fine-tunings, with seeds that follow ``seed``; the split stays.
+        seed: the first.
+        split_seed: of the split (default: ``seed``).
+        reading: ``val``, ``test``, ``patient``, ``target`` and ``classes`` of `histill.distill.read_parts`.
+        device: see `histill.loop.train`.
+        precision: likewise.
+        resume: go on with what ``out`` holds.
+        finetune_arguments: of the recipe's ``finetune``.
+        pretrain_arguments: of its ``pretrain``.
+
+    Returns:
+        What ``summary.json`` holds: ``test`` without a teacher, which does another task.
+
+    Raises:
+        BadInput: an unlabelled image that is judged on; see also `histill.loop.train`.
+    """
+    module, _ = load_recipe(recipe)
+    if seeds < 1:
+        raise BadInput(f"--seeds {seeds}: at least 1")
+    with locked(out):
+        sweep(out)
+        dealt = seed if split_seed is None else split_seed
+        images = read_parts(data, seed=dealt, **{"val": 0.15, "test": 0.15, "patient": None, **(reading or {})})
+        if not images.rows("test"):
+            raise BadInput("no test images: nothing could be proven; give --test a share above 0")
+        more = read_unlabelled(unlabelled)
+        for line in (*images.notices, *more.notices):
+            notice(line)
+        check_apart(more, images)
+        machine: dict[str, Any] = {"device": device, "precision": precision, "resume": resume}
+        words = teacher[0] if not isinstance(teacher, str) and len(teacher) == 1 else teacher
+        own = {"teacher": words, "seed": seed, **(pretrain_arguments or {})}
+        known = set(inspect.signature(module.pretrain).parameters)
+        pretrained = train(
+            module.pretrain(more, **{n: v for n, v in own.items() if n in known}), out / "pretrained", **machine
+        )
+        runs: list[dict[str, Run]] = []
+        for number in range(seeds):
+            home = out / f"seed{number}" if seeds > 1 else out
+            starts = {"student_alone": "none", "student_distilled": str(pretrained.path)}
+            settings_: dict[str, Any] = {**(finetune_arguments or {}), "seed": seed + number}
+            runs.append(
+                {
+                    role: train(module.finetune(images, **settings_ | {"weights": weights}), home / role, **machine)
+                    for role, weights in starts.items()
+                }
+            )
+        return _prove(recipe, out, images, pretrained, runs)
+
+
+def _prove(recipe: str, out: Path, images: Images, pretrained: Run, runs: list[dict[str, Run]]) -> dict[str, Any]:
+    """Compare, export, time, and write ``summary.json`` and ``report.html``."""
+    found = {role: [judged(trio[role]) for trio in runs] for role in ROLES}
+    over = figures_over_seeds if len(runs) > 1 else (lambda s: figures_with_intervals(s[0]))
+    test: dict[str, Any] = {role: over(scores) for role, scores in found.items()}
+    alone, distilled = (found[role] if len(runs) > 1 else found[role][0] for role in ROLES)
+    test["gain"] = paired_gain(alone, distilled)
+    summary: dict[str, Any] = {"recipe": recipe, "test": test}
+    _page(out, images, summary, pretrained, runs, found)  # should the export fail, what was measured is there
+    say("exporting and timing")
+    summary |= deliver(out, runs[0]["student_distilled"], None)
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def _page(
+    out: Path,
+    images: Images,
+    summary: dict[str, Any],
+    pretrained: Run,
+    runs: list[dict[str, Run]],
+    found: dict[str, list[Judged]],
+) -> None:
+    test, chosen = summary["test"], runs[0]["student_distilled"]
+    main = "miou" if images.masks else "accuracy"
+    named = {name: title(name, images.classes) if images.masks else TITLES.get(name, name) for name in test[ROLES[0]]}
+    alone, distilled, gain = test["student_alone"], test["student_distilled"], test["gain"]
+    rows = [
+        [named[n], shown(n, alone[n]), shown(n, distilled[n]), shown_gain(n, gain[n]).replace(" points", "")]
+        for n in named
+        if n in gain
+    ]
+    home = out / "figures"
+    metric = f"val/{main}"
+    curves = {
+        f"{'from random weights' if role == 'student_alone' else 'pretrained'}": runs[0][role].log[metric].to_numpy()
+        for role in ROLES
+    }
+    figures.curves(curves, home / "learning.png", ylabel=f"validation, {named[main]}")
+    pictures = [Picture(home / "learning.png", "Validation by epoch, first seed.", "Figures")]
+    tables: list[Section] = []
+    if not images.masks:
+        pairs = {"from random weights": found["student_alone"][0], "pretrained": found["student_distilled"][0]}
+        told = {name: scores for name, scores in pairs.items() if isinstance(scores, Scores)}
+        figures.gain({n: gain[n] for n in METRICS if n in gain}, home / "gain.png", title="Pretrained minus random")
+        figures.confusions({n: confusion(s) for n, s in told.items()}, images.classes, home / "confusion.png")
+        pictures += [
+            Picture(home / "gain.png", "Pretrained minus from random weights, on the same test images."),
+            Picture(home / "confusion.png", "Confusion matrices, test images, first seed."),
+        ]
+        tables = [class_rows(told["pretrained"], images.classes)]
+    held = counts(chosen.info, chosen.predictions)
+    low, high = gain[main]["low"], gain[main]["high"]
+    verdict = "helped" if low is not None and low > 0 else "did harm" if high is not None and high < 0 else None
+    said = f"Pretraining {verdict}" if verdict else "Pretraining is not shown to help"
+    labelled = held["train"]["images"]
+    seen = pretrained.info["data"]["images"]["train"]
+    write_report(
+        out / "report.html",
+        title="What the pretraining bought",
+        subtitle=f"{summary['recipe'].rsplit('/', 1)[-1]} · {images.root.resolve().name} · "
+        f"{len(runs)} seed{'s' * (len(runs) > 1)}",
+        answer=f"{said}: {named[main].lower()} {share(distilled[main])} on the test images, against "
+        f"{share(alone[main])} from random weights ({difference(gain[main])}), with {labelled:,} labelled and "
+        f"{seen:,} unlabelled images.",
+        sections=[
+            Cards(
+                [
+                    Card("Pretrained", *_halves(shown(main, distilled[main]))),
+                    Card("From random weights", *_halves(shown(main, alone[main]))),
+                    Card("Gain", *_halves(difference(gain[main]))),
+                ]
+            ),
+            Table(
+                ["", "from random weights", "pretrained", "gain, points"],
+                rows,
+                "On the test images",
+                "95 % intervals over patients, or images where none are known, and seeds; the gain is paired. The "
+                "epoch was chosen on validation images. The backbone was pretrained once, without labels.",
+            ),
+            *([Text(chosen.info["notices"], "Before trusting these figures", True)] if chosen.info["notices"] else []),
+            *pictures,
+            *tables,
+            Table(["Split", "images"], [[s, row["images"]] for s, row in held.items()], "Data"),
+            Table(["Name", "Value"], list(settings(pretrained.info).items()), "Pretraining"),
+            Table(["Name", "Value"], list(settings(chosen.info).items()), "Fine-tuning"),
+        ],
+    )
+
+
+def _halves(text: str) -> tuple[str, str]:
+    value, _, interval = text.partition(" (")
+    return value, f"95 % interval {interval.rstrip(')')}" if interval else ""
