@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +16,8 @@ __all__ = ["Channel", "Difference", "Heat", "HeatFile"]
 
 Pixels = NDArray[np.uint8]
 Places = NDArray[np.float64]
-_SEGMENT_BYTES = 1 << 26
-_MOST_SEGMENT_PX = 1 << 26
+_MOST_PIECE_PX = 1 << 24
+_PIECES: Lru[Pixels] = Lru(1 << 26, lambda pixels: pixels.nbytes)  # of all maps together
 
 
 class Heat(Protocol):
@@ -49,9 +48,8 @@ class HeatFile:
         tifffile = require("tifffile", "slides")
         self.path = path
         try:
-            self._tiff: Any = tifffile.TiffFile(path)
-            levels = list(self._tiff.series[0].levels)
-            self._pages = [[page.aspage() for page in level.pages] for level in levels]
+            with tifffile.TiffFile(path) as file:  # not kept open: there may be more slides than open files
+                self._pages = [[page.aspage() for page in level.pages] for level in file.series[0].levels]
         except Exception as error:  # noqa: BLE001 - tifffile raises what it meets
             raise BadInput(f"{path}: not a TIFF that can be read ({error})") from None
         shapes = {(page.dtype, page.samplesperpixel) for pages in self._pages for page in pages}
@@ -63,29 +61,22 @@ class HeatFile:
         # A level is a power of two smaller than the first; its size is rounded, so the power is found by rounding.
         halvings = [round(np.log2(max(self.sizes[0]) / max(size))) for size in self.sizes]
         self.downsamples: list[float] = [float(downsample * 2.0**power) for power in halvings]
-        self._decoded: Lru[Pixels] = Lru(_SEGMENT_BYTES, lambda pixels: pixels.nbytes)
-        self._lock = threading.Lock()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._tiff.close()
 
     def read(self, level: int, channel: int, x0: int, y0: int, x1: int, y1: int) -> Pixels:
         """``(y1 - y0, x1 - x0)`` of one class; 0 outside the map."""
         out = np.zeros((y1 - y0, x1 - x0), np.uint8)
-        page = self._pages[level][channel]
         width, height = self.sizes[level]
-        wide, tall = (page.tilewidth, page.tilelength) if page.is_tiled else (width, page.rowsperstrip)
+        tall, wide = self._shape(self._pages[level][channel])
         across = -(-width // wide)
         for row in range(max(y0, 0) // tall, -(-min(y1, height) // tall)):
             for column in range(max(x0, 0) // wide, -(-min(x1, width) // wide)):
-                segment = self._segment(level, channel, row * across + column)
+                piece = self._piece(level, channel, row * across + column)
                 left, top = column * wide, row * tall
-                right = min(left + segment.shape[1], width, x1)
-                bottom = min(top + segment.shape[0], height, y1)
+                right = min(left + piece.shape[1], width, x1)
+                bottom = min(top + piece.shape[0], height, y1)
                 from_x, from_y = max(left, x0), max(top, y0)
                 if from_x < right and from_y < bottom:
-                    part = segment[from_y - top : bottom - top, from_x - left : right - left]
+                    part = piece[from_y - top : bottom - top, from_x - left : right - left]
                     out[from_y - y0 : bottom - y0, from_x - x0 : right - x0] = part
         return out
 
@@ -106,24 +97,26 @@ class HeatFile:
         rows = part[y - y0] * (1 - down[:, None]) + part[y_next - y0] * down[:, None]
         return np.asarray(np.rint(rows[:, x - x0] * (1 - right) + rows[:, x_next - x0] * right), np.uint8)
 
-    def _segment(self, level: int, channel: int, index: int) -> Pixels:
-        return self._decoded.get((level, channel, index), lambda: self._decode(level, channel, index))
+    def _shape(self, page: Any) -> tuple[int, int]:
+        """Height and width of the pieces that a plane is stored in, tiles or strips."""
+        shape = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+        if not 0 < shape[0] * shape[1] <= _MOST_PIECE_PX:
+            raise BadInput(f"{self.path}: stored in pieces of {shape[1]} x {shape[0]} pixels, which is too large")
+        return int(shape[0]), int(shape[1])
 
-    def _decode(self, level: int, channel: int, index: int) -> Pixels:
-        page = self._pages[level][channel]
-        if page.tilewidth * page.tilelength > _MOST_SEGMENT_PX or page.rowsperstrip * page.imagewidth > 2**31:
-            raise BadInput(f"{self.path}: its tiles are too large")
-        with self._lock:
-            self._tiff.filehandle.seek(page.dataoffsets[index])
-            data = self._tiff.filehandle.read(page.databytecounts[index])
+    def _piece(self, level: int, channel: int, index: int) -> Pixels:
+        return _PIECES.get((self.path, level, channel, index), lambda: self._decode(self._pages[level][channel], index))
+
+    def _decode(self, page: Any, index: int) -> Pixels:
         try:
+            with self.path.open("rb") as file:
+                file.seek(page.dataoffsets[index])
+                data = file.read(page.databytecounts[index])
             pixels = page.decode(data or None, index)[0]
         except Exception as error:  # noqa: BLE001 - whatever the codec says
             raise BadInput(f"{self.path}: damaged at tile {index} ({error})") from None
-        if pixels is None:  # a tile that was never written is empty
-            shape = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
-            return np.zeros(shape, np.uint8)
-        return np.asarray(pixels[0, :, :, 0], np.uint8)
+        # A piece that was never written is empty.
+        return np.zeros(self._shape(page), np.uint8) if pixels is None else np.asarray(pixels[0, :, :, 0], np.uint8)
 
 
 def _between(

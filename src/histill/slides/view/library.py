@@ -16,7 +16,7 @@ from typing import Any
 
 from histill.errors import BadInput, HistillError, require
 from histill.files import read_json
-from histill.progress import notice
+from histill.progress import notice, progress
 from histill.slides import Slide, open_slide
 from histill.slides.view.geometry import DeepZoom
 from histill.slides.view.heat import Channel, Difference, Heat, HeatFile
@@ -115,13 +115,17 @@ class Library:
 
     def __init__(self, folder: Path, against: Path | None = None) -> None:
         self.folder, self.against = folder, against
-        others = _folders(against) if against is not None else {}
+        places, others = _folders(folder), _folders(against) if against is not None else {}
+        if against is not None and (folder / "slide.json").is_file() and (against / "slide.json").is_file():
+            others = dict(zip(places, others.values()))  # one slide's folders, whatever their names
         self.entries: dict[str, Entry] = {}
-        for name, place in _folders(folder).items():
-            try:
-                self.entries[name] = _entry(name, place, folder, others.get(name), against)
-            except HistillError as error:
-                notice(f"left out: {error}")
+        with progress("slides", len(places), "slides") as bar:
+            for name, place in places.items():
+                try:
+                    self.entries[name] = _entry(name, place, folder, others.get(name), against)
+                except HistillError as error:
+                    notice(f"left out: {error}")
+                bar.advance()
         if not self.entries:
             raise BadInput(f"{folder} holds no slide that can be shown; write one with histill slide MODEL SLIDE --out")
         if against is not None and not set(others) & set(self.entries):
@@ -179,36 +183,46 @@ def _entry(name: str, place: Path, root: Path, other: Path | None, against: Path
             f"{place}: {slide_path.name} is {size[0]} x {size[1]}, the prediction {said['dimensions'][0]} x "
             f"{said['dimensions'][1]} pixels; run histill slide again"
         )
-    layers, files = {}, [slide_path, place / "slide.json"]
+    files = [slide_path, place / "slide.json"]
+    layers: dict[str, Layer] = {}
     mine = _heat(place, root, said, size)
-    title = root.resolve().name
     if mine is not None:
         files.append(mine.path)
-        for number, label in enumerate(said["classes"][: mine.channels]):
-            layers[label] = Layer(title, label, said["colors"][label], Channel(mine, number))
+        layers = _classes(mine, said, root.resolve().name)
     if other is not None and against is not None:
         theirs_said = _said(other)
         theirs = _heat(other, against, theirs_said, size)
-        if mine is not None and theirs is not None:
+        if theirs_said["dimensions"] != size:
+            notice(f"{name}: {other} is of another slide, and not shown")
+        elif theirs is not None:
             files.append(theirs.path)
-            channels = dict(zip(theirs_said["classes"][: theirs.channels], range(theirs.channels)))
-            both = [
-                (n, channels[label]) for n, label in enumerate(said["classes"][: mine.channels]) if label in channels
-            ]
-            for label, number in channels.items():
-                color = said["colors"].get(label, theirs_said["colors"][label])
-                layers[AGAINST + label] = Layer(against.resolve().name, label, color, Channel(theirs, number))
-            if both:
-                between = f"{title} against {against.resolve().name}"
-                layers[DISAGREEMENT] = Layer(
-                    between, DISAGREEMENT, _DISAGREEMENT_COLOR, Difference(mine, theirs, both), _TURNS
-                )
-            else:
-                notice(f"{name}: the two models share no class, so they are not subtracted")
+            title = against.resolve().name
+            theirs_said["colors"] |= said["colors"]
+            layers |= {AGAINST + label: layer for label, layer in _classes(theirs, theirs_said, title).items()}
+            layers |= _disagreement(mine, said, theirs, theirs_said, f"{root.resolve().name} against {title}")
     lesions = next((p for p in (place / "lesions.geojson", place / "lesions.geojson.gz") if _inside(p, root)), None)
     if lesions is not None:
         files.append(lesions)
     return Entry(name, slide_path, mpp, DeepZoom(*size), tuple(said["classes"]), layers, lesions, _version(files))
+
+
+def _classes(heat: HeatFile, said: Mapping[str, Any], group: str) -> dict[str, Layer]:
+    labels = said["classes"][: heat.channels]
+    return {label: Layer(group, label, said["colors"][label], Channel(heat, n)) for n, label in enumerate(labels)}
+
+
+def _disagreement(
+    mine: HeatFile | None, said: Mapping[str, Any], theirs: HeatFile, theirs_said: Mapping[str, Any], group: str
+) -> dict[str, Layer]:
+    """The layer, or none where the two models share no class."""
+    if mine is None:
+        return {}
+    channels = {label: n for n, label in enumerate(theirs_said["classes"][: theirs.channels])}
+    both = [(n, channels[label]) for n, label in enumerate(said["classes"][: mine.channels]) if label in channels]
+    if not both:
+        notice(f"{mine.path} and {theirs.path} share no class, so they are not subtracted")
+        return {}
+    return {DISAGREEMENT: Layer(group, DISAGREEMENT, _DISAGREEMENT_COLOR, Difference(mine, theirs, both), _TURNS)}
 
 
 def _said(place: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import re
 import secrets
 import socket
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +54,6 @@ _HEADERS = {
     "Server": "histill",
     "Content-Security-Policy": _POLICY,
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",  # an address may hold the token
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -183,7 +182,7 @@ class Viewer:
         self.waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self.pool, self.tiles.get, key, make)
-        except CancelledError:  # the viewer stops
+        except asyncio.CancelledError:  # the viewer stops
             raise HTTPError(503) from None
         finally:
             self.waiting -= 1
