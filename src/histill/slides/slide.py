@@ -16,7 +16,9 @@ import numpy as np
 from PIL import Image
 
 from histill.errors import BadInput
+from histill.slides.jpeg_tiles import JpegTiles
 from histill.slides.sources import OpenSlideSource
+from histill.slides.tiled import TiffTiles
 from histill.slides.tiles import Pixels
 from histill.slides.ways import Way, way_to
 
@@ -98,6 +100,11 @@ class Slide:
     def close(self) -> None:
         """Close the file; may be called twice."""
         self._source.close()
+
+    def forget(self) -> None:
+        """Drop decoded tiles that are kept in case they are asked for again."""
+        if isinstance(self._source, JpegTiles | TiffTiles):
+            self._source.cache.clear()
 
     def require_mpp(self) -> float:
         """Microns per pixel of level 0; `BadInput` names ``--slide-mpp`` where there is none."""
