@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from histill.models.regressors import Regressors
     from histill.models.scan import SCAN
     from histill.models.stardist import StarDist
+    from histill.models.stardist_instances import predict_instances
+    from histill.models.stardist_weights import load_keras
     from histill.models.unet import UNet, UNetDecoder
     from histill.models.weights import load_weights
 
@@ -40,7 +42,9 @@ __all__ = [
     "UNet",
     "UNetDecoder",
     "attention_crop",
+    "load_keras",
     "load_weights",
+    "predict_instances",
 ]
 
 # timm and torchvision take seconds to import, and most networks need neither.
@@ -63,7 +67,9 @@ _HOMES = {
     "UNet": "unet",
     "UNetDecoder": "unet",
     "attention_crop": "mac_resnet",
+    "load_keras": "stardist_weights",
     "load_weights": "weights",
+    "predict_instances": "stardist_instances",
 }
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from histill.errors import BadInput
+from histill.models.parts import glorot
 from histill.models.weights import load_weights
 from histill.types import Outputs
 
@@ -66,6 +67,7 @@ class StarDist(nn.Module):
         self.features = nn.Conv2d(32, 128, 3, padding=1)
         self.prob = nn.Conv2d(128, 1, 1)
         self.dist = nn.Conv2d(128, rays, 1)
+        self.apply(glorot)  # as Keras starts it; from torch's own start the first hundreds of steps teach much less
         load_weights(self, weights)
 
     def forward(self, images: Tensor, limits: Tensor | None = None) -> Outputs:
@@ -85,7 +87,7 @@ class StarDist(nn.Module):
         return Outputs(logits=logits, prob=logits.sigmoid(), dist=self.dist(features), features=features)
 
     def instances(self, outputs: Outputs, size: tuple[int, int]) -> NDArray[np.int32]:
-        """``(B, H, W)``: the nuclei that the outputs of a batch outline, numbered from 1 at ``size``, 0 between them."""
+        """``(B, H, W)``: the nuclei that a batch's outputs outline, numbered from 1 at ``size``, 0 between."""
         from histill.models.stardist_instances import from_maps
 
         maps = zip(outputs["prob"].float().cpu(), outputs["dist"].float().cpu())

@@ -74,8 +74,6 @@ def predict_instances(
         BadInput: Another kind of image, or tiles that do not fit the network.
         Failed: The network says what is not a number.
     """
-    if tile < _MULTIPLE or overlap < 0 or tile % _MULTIPLE or overlap % _MULTIPLE:
-        raise BadInput(f"tile {tile} and overlap {overlap}: give multiples of {_MULTIPLE}")
     image = _as_tensor(image).to(next(network.parameters()).device)
     height, width = image.shape[-2:]
     whole = _enlarged(image, scale)
@@ -124,7 +122,14 @@ def predict_prob(
     for top, left, part, _ in _tiles(network, whole, tile, overlap):
         place = prob[top // GRID :, left // GRID :][: part.shape[0], : part.shape[1]]
         place.copy_(part[: place.shape[0], : place.shape[1]])
-    full = F.interpolate(prob[None, None], size=(height, width), mode="bilinear", align_corners=False)
+    places: list[
+        Tensor
+    ] = []  # of every pixel on the map, from -1 at the first to 1 at the last of it; map pixel k is pixel k * GRID
+    for side, large, count in zip((width, height), whole.shape[:-3:-1], prob.shape[::-1], strict=True):
+        pixel = (torch.arange(side, device=prob.device) + 0.5) * (large / side) - 0.5
+        places.append(2 * pixel / GRID / max(count - 1, 1) - 1)
+    grid = torch.stack(torch.meshgrid(*places, indexing="xy"), dim=-1)[None]
+    full = F.grid_sample(prob[None, None], grid, mode="bilinear", padding_mode="border", align_corners=True)
     return np.asarray(full[0, 0].float().cpu().numpy())
 
 
@@ -256,6 +261,8 @@ def _candidates(
 
 def _tiles(network: nn.Module, whole: Tensor, tile: int, overlap: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Top and left in pixels, prob ``(h, w)`` and dist ``(rays, h, w)`` of each tile, its surroundings cut off."""
+    if tile < _MULTIPLE or overlap < 0 or tile % _MULTIPLE or overlap % _MULTIPLE:
+        raise BadInput(f"tile {tile} and overlap {overlap}: give multiples of {_MULTIPLE}")
     height, width = whole.shape[-2:]
     limits = percentile_limits(whole)
     down, right = -height % _MULTIPLE, -width % _MULTIPLE
