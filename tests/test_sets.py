@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 import h5py
 import numpy as np
 import pytest
-from conftest import picture
+from layouts import box, image, lay, mask, text
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -24,269 +24,6 @@ from histill.data.sets.bach_wsi import in_classes
 from histill.errors import BadInput
 
 DOCS = Path(__file__).parents[1] / "docs" / "datasets.md"
-_seed = iter(range(10**9))
-
-
-def image(path: Path, size: int = 24, mode: str = "RGB") -> Path:
-    """An image unlike any other, with its folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture(next(_seed), size=size)).convert(mode).save(path)
-    return path
-
-
-def text(path: Path, *lines: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def mask(path: Path, *boxes: tuple[int, int, int, int], size: int = 24, values: tuple[int, ...] = ()) -> None:
-    """Rectangles (x0, y0, x1, y1), the last row and column left out, of 255 or of ``values``."""
-    pixels = np.zeros((size, size), np.uint8)
-    for place, (x0, y0, x1, y1) in enumerate(boxes):
-        pixels[y0:y1, x0:x1] = values[place] if values else 255
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-# A small folder in each published layout
-
-
-def bach(folder: Path) -> None:
-    for label, prefix in (("Benign", "b"), ("InSitu", "is"), ("Invasive", "iv"), ("Normal", "n")):
-        for n in range(1, 4):
-            image(folder / "ICIAR2018_BACH_Challenge/Photos" / label / f"{prefix}{n:03d}.tif")
-    text(folder / "ICIAR2018_BACH_Challenge/Photos/microscopy_ground_truth.csv", "n001.tif,Normal")
-    text(folder / "ICIAR2018_BACH_Challenge/Photos/Normal/Thumbs.db", "")
-
-
-OUTLINE = (
-    '<Annotations MicronsPerPixel="0.5"><Annotation Id="1"><Regions><RegionAttributeHeaders/>{}</Regions>'
-    "</Annotation></Annotations>"
-)
-
-
-def region(points: list[tuple[float, float]], said: str = "", attribute: str = "") -> str:
-    vertices = "".join(f'<Vertex X="{x}" Y="{y}" Z="0"/>' for x, y in points)
-    attributes = (
-        f'<Attributes><Attribute Name="9" Id="0" Value="{attribute}"/></Attributes>' if attribute else "<Attributes/>"
-    )
-    return f'<Region Id="1" Text="{said}">{attributes}<Vertices>{vertices}</Vertices></Region>'
-
-
-def box(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]:
-    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-
-
-def bach_wsi(folder: Path) -> None:
-    home = folder / "ICIAR2018_BACH_Challenge/WSI"
-    home.mkdir(parents=True)
-    tissue = Image.fromarray(picture(0, size=64)).resize((2600, 1400), Image.Resampling.BICUBIC)
-    import tifffile
-
-    options = {"photometric": "rgb", "tile": (256, 256), "resolution": (12_500, 12_500), "resolutionunit": "CENTIMETER"}
-    tifffile.imwrite(home / "A01.svs", np.asarray(tissue), **options)
-    # Level-0 pixels have 0.8 um, those of a patch 1: in the first patch 100 to 300 and 200 to 400.
-    benign, invasive = box(125, 125, 375, 375), box(250, 250, 500, 500)
-    text(home / "A01.xml", OUTLINE.format(region(invasive, attribute="Carcinoma invasive") + region(benign, "Benign")))
-
-
-def nct_crc(folder: Path) -> None:
-    for label in SETS["nct-crc"].classes:
-        image(folder / f"NCT-CRC-HE-100K/{label}/{label}-AAAFLCLY.tif")
-        image(folder / f"NCT-CRC-HE-100K/{label}/{label}-AAAMLLTW.tif")
-        image(folder / f"CRC-VAL-HE-7K/{label}/{label}-TCGA-AAICEQFN.tif")
-
-
-def breakhis(folder: Path) -> None:
-    home = folder / "BreaKHis_v1/histology_slides/breast"
-    text(home / "README.txt", "not an image")
-    for short, place, slides in (
-        ("B_A", "benign/SOB/adenosis", ("14-22549AB", "14-22549CD", "14-29960CD")),
-        ("M_DC", "malignant/SOB/ductal_carcinoma", ("14-10926", "14-13412")),
-        ("M_LC", "malignant/SOB/lobular_carcinoma", ("14-13412",)),
-    ):
-        for slide in slides:
-            for power in ("40", "100", "200", "400"):
-                name = f"SOB_{short}-{slide}-{power}-001.png"
-                image(home / place / f"SOB_{short}_{slide}" / f"{power}X" / name)
-
-
-def lymphoma(folder: Path) -> None:
-    for label in ("CLL", "FL", "MCL"):
-        for case, part in (("sj-05-1374", "R2_005"), ("sj-05-1374", "R2_006"), (f"sj-05-33{len(label)}", "R1_001")):
-            image(folder / label / f"{case.replace('05', '05' if label == 'FL' else f'0{len(label)}')}-{part}.tif")
-    image(folder / "FL" / "unnamed_001.tif")
-
-
-def glas(folder: Path) -> None:
-    home = folder / "Warwick QU Dataset (Released 2016_07_08)"
-    lines = ["name,patient ID, grade (GlaS), grade (Sirinukunwattana et al. 2015)"]
-    for name, patient, grade in (
-        ("testA_1", 4, "benign"),
-        ("testB_1", 10, "malignant"),
-        ("train_1", 10, "malignant"),
-        ("train_2", 2, "benign"),
-        ("train_3", 13, "benign"),
-    ):
-        image(home / f"{name}.bmp")
-        mask(home / f"{name}_anno.bmp", (2, 2, 9, 9), (12, 12, 20, 20), values=(1, 2))
-        lines.append(f"{name},{patient}, {grade}, healthy")
-    text(home / "Grade.csv", *lines)
-
-
-def pcam(folder: Path) -> None:
-    rng = np.random.default_rng(0)
-    for part in ("train", "valid", "test"):
-        name = f"camelyonpatch_level_2_split_{part}"
-        with h5py.File(folder / f"{name}_x.h5", "w") as file:
-            file["x"] = rng.integers(0, 256, (6, 96, 96, 3), dtype=np.uint8)
-        with h5py.File(folder / f"{name}_y.h5", "w") as file:
-            file["y"] = np.array([0, 1, 0, 1, 1, 0], np.uint8).reshape(6, 1, 1, 1)
-        rows = [f"{n},{n * 100},{n * 50},True,{bool(n % 2)},camelyon16_{part}_tumor_{n // 2:03d}" for n in range(6)]
-        text(folder / f"{name}_meta.csv", ",coord_y,coord_x,tumor_patch,center_tumor_patch,wsi", *rows)
-
-
-def mhist(folder: Path) -> None:
-    lines = ["Image Name,Majority Vote Label,Number of Annotators who Selected SSA (Out of 7),Partition"]
-    for place, name in enumerate(("aaa", "aab", "aac", "aae", "aaf", "aag")):
-        image(folder / f"images/MHIST_{name}.png")
-        lines.append(f"MHIST_{name}.png,{'SSA' if place % 2 else 'HP'},{place},{'test' if place > 3 else 'train'}")
-    text(folder / "annotations.csv", *lines)
-
-
-def lc25000(folder: Path) -> None:
-    lines = ["stem,filename,label,tissue,local_cluster_label,group_id"]
-    for place, label in enumerate(SETS["lc25000"].classes):
-        tissue, kind = label.split("_")
-        for n in range(1, 5):
-            name = f"{tissue}{kind}{n}"
-            image(folder / f"lung_colon_image_set/{tissue}_image_sets/{label}/{name}.jpeg")
-            lines.append(f"{name},{name}.jpeg,{label},{tissue},{n // 3},{2 * place + n // 3}")
-    text(folder / "lc25000_image_groups.csv", *lines)
-
-
-def sipakmed(folder: Path) -> None:
-    for label in SETS["sipakmed"].classes:
-        image(folder / f"im_{label}/001.bmp", 40)
-        text(folder / f"im_{label}/001_cyt01.dat", "1.0,2.0")
-        for name in ("001_01", "001_02", "002_01"):
-            image(folder / f"im_{label}/CROPPED/{name}.bmp")
-            text(folder / f"im_{label}/CROPPED/{name}_nuc.dat", "1.0,2.0")
-
-
-def one_hot(path: Path, classes: tuple[str, ...], named: dict[str, str]) -> None:
-    rows = [",".join([name, *("1.0" if label == c else "0.0" for c in classes)]) for name, label in named.items()]
-    text(path, ",".join(["image", *classes]), *rows)
-
-
-def isic_2018(folder: Path) -> None:
-    classes = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
-    lesions = ["image,lesion_id,diagnosis_confirm_type"]
-    at = 24306
-    for part, each in (("Training", 2), ("Validation", 1), ("Test", 1)):
-        named = {}
-        for label in classes:
-            for n in range(each):
-                named[name := f"ISIC_{(at := at + 1):07d}"] = label
-                image(folder / f"ISIC2018_Task3_{part}_Input/{name}.jpg")
-                lesions += [f"{name},HAM_{label}_{n // 2},single image expert consensus"] if part == "Training" else []
-        one_hot(folder / f"ISIC2018_Task3_{part}_GroundTruth/ISIC2018_Task3_{part}_GroundTruth.csv", classes, named)
-        text(folder / f"ISIC2018_Task3_{part}_Input/LICENSE.txt", "CC BY-NC 4.0")
-    text(folder / "ISIC2018_Task3_Training_LesionGroupings.csv", *lesions)
-
-
-def isic_2019(folder: Path) -> None:
-    classes = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
-    named = {f"ISIC_{n:07d}{'_downsampled' * (n == 3)}": classes[n % 8] for n in range(16)}
-    rows = [
-        f"{name},55.0,anterior torso,{'' if n == 5 else f'BCN_{n // 2:07d}'},female" for n, name in enumerate(named)
-    ]
-    for name in named:
-        image(folder / f"ISIC_2019_Training_Input/{name}.jpg")
-    one_hot(folder / "ISIC_2019_Training_GroundTruth.csv", classes, named)
-    text(folder / "ISIC_2019_Training_Metadata.csv", "image,age_approx,anatom_site_general,lesion_id,sex", *rows)
-
-
-def isic_2020(folder: Path) -> None:
-    rows = [
-        "image_name,patient_id,lesion_id,sex,age_approx,anatom_site_general_challenge,diagnosis,benign_malignant,target"
-    ]
-    for n in range(8):
-        name, kind = f"ISIC_{2637011 + n}", "malignant" if n % 3 == 0 else "benign"
-        image(folder / f"train/{name}.jpg")
-        rows.append(f"{name},IP_{n // 2:07d},IL_{n:07d},male,45.0,head/neck,unknown,{kind},{int(n % 3 == 0)}")
-    text(folder / "ISIC_2020_Training_GroundTruth_v2.csv", *rows)
-    text(folder / "ISIC_2020_Training_Duplicates.csv", "image_name_1,image_name_2", "ISIC_2637011,ISIC_2637018")
-
-
-def ham10000(folder: Path) -> None:
-    rows = ["lesion_id,image_id,dx,dx_type,age,sex,localization,dataset"]
-    for n, label in enumerate(SETS["ham10000"].classes * 2):
-        name = f"ISIC_{27419 + n:07d}"
-        image(folder / f"HAM10000_images_part_{1 + n % 2}/{name}.jpg")
-        rows.append(f"HAM_{n % 7:07d},{name},{label},histo,80.0,male,scalp,{'vidir_modern' if n % 2 else 'rosendahl'}")
-    text(folder / "HAM10000_metadata.csv", *rows)
-
-
-def monuseg(folder: Path) -> None:
-    outlines = OUTLINE.format(region(box(2, 2, 8, 8)) + region(box(5, 5, 15, 12)) + region([(1, 1), (2, 2)]))
-    for place, name in (
-        ("MoNuSeg 2018 Training Data/{}", "TCGA-18-5592-01Z-00-DX1"),
-        ("MoNuSeg 2018 Training Data/{}", "TCGA-38-6178-01Z-00-DX1"),
-        ("MoNuSegTestData", "TCGA-2Z-A9J9-01A-01-TS1"),
-    ):
-        image(folder / place.format("Tissue Images") / f"{name}.tif")
-        text(folder / place.format("Annotations") / f"{name}.xml", outlines)
-
-
-def tnbc(folder: Path) -> None:
-    for slide in ("01", "02", "11"):
-        for n in (1, 2):
-            image(folder / f"TNBC_NucleiSegmentation/Slide_{slide}/{slide}_{n}.png", mode="RGBA")
-            mask(folder / f"TNBC_NucleiSegmentation/GT_{slide}/{slide}_{n}.png", (2, 2, 8, 8), (12, 3, 20, 9))
-    image(folder / "__MACOSX/TNBC_NucleiSegmentation/Slide_01/._01_1.png")
-
-
-def dsb2018(folder: Path) -> None:
-    for n in range(3):
-        name = f"{n:064x}"
-        image(folder / f"stage1_train/{name}/images/{name}.png", mode="RGBA")
-        mask(folder / f"stage1_train/{name}/masks/{1:064x}.png", (2, 2, 8, 8))
-        mask(folder / f"stage1_train/{name}/masks/{2:064x}.png", (5, 5, 15, 12))
-        mask(folder / f"stage1_train/{name}/masks/{3:064x}.png")
-
-
-def medmnist(folder: Path, data: DataSet) -> None:
-    rng = np.random.default_rng(0)
-    side, arrays = int(data.name.partition("-")[2] or 28), {}
-    for part in ("train", "val", "test"):
-        labels = np.arange(len(data.classes))
-        coarse = rng.integers(0, 256, (len(labels), 4, 4, 3), dtype=np.uint8)
-        arrays[f"{part}_images"] = coarse.repeat(side // 4, 1).repeat(side // 4, 2)
-        arrays[f"{part}_labels"] = labels[:, None].astype(np.uint8)
-    np.savez_compressed(folder / data.files[0].name, **arrays)
-
-
-LAYOUTS: dict[str, Callable[[Path], None]] = {
-    "bach": bach,
-    "bach-wsi": bach_wsi,
-    "nct-crc": nct_crc,
-    "breakhis": breakhis,
-    "lymphoma": lymphoma,
-    "glas": glas,
-    "glas-graded": glas,
-    "pcam": pcam,
-    "mhist": mhist,
-    "lc25000": lc25000,
-    "sipakmed": sipakmed,
-    "isic-2018": isic_2018,
-    "isic-2019": isic_2019,
-    "isic-2020": isic_2020,
-    "ham10000": ham10000,
-    "monuseg": monuseg,
-    "tnbc": tnbc,
-    "dsb2018": dsb2018,
-}
 WITHOUT_SLIDES = [name for name in SETS if name != "bach-wsi"]
 
 
@@ -295,13 +32,7 @@ def laid(tmp_path: Path) -> Callable[[str], Path]:
     """``laid(name)`` -> a folder in the published layout of that data set."""
 
     def make(name: str) -> Path:
-        folder = tmp_path / "data"
-        folder.mkdir(exist_ok=True)
-        if name in LAYOUTS:
-            LAYOUTS[name](folder)
-        else:
-            medmnist(folder, SETS[name])
-        return folder
+        return lay(name, tmp_path / "data")
 
     return make
 
@@ -550,6 +281,25 @@ def test_pictures_of_medmnist_are_its_pixels(laid: Laid) -> None:
         for place, row in enumerate(rows):
             assert (np.asarray(Image.open(folder / row["path"])) == arrays["val_images"][place]).all()
             assert row["label"] == str(arrays["val_labels"][place, 0])
+
+
+def test_copies_that_contradict_one_another_are_listed_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{part}_images": rng.integers(0, 256, (12, 28, 28, 3), dtype=np.uint8) for part in ("train", "val", "test")
+    }
+    labels = {f"{part}_labels": np.arange(12)[:, None] % 5 for part in ("train", "val", "test")}
+    arrays["train_images"][0] = arrays["test_images"][0]  # a leak
+    arrays["train_images"][1] = arrays["val_images"][2]  # a leak with another label
+    arrays["val_images"][3] = arrays["val_images"][4]  # two labels within a split
+    arrays["test_images"][5] = arrays["test_images"][0]  # the same in everything but for train's
+    arrays["test_images"][11] = arrays["test_images"][6]  # the same in everything: it stays
+    np.savez(tmp_path / "retinamnist.npz", **arrays, **labels)
+    images = read(SETS["retinamnist"], tmp_path)
+    listed_ = {path.removeprefix("converted/retinamnist/").removesuffix(".png") for path in images.frame["path"]}
+    everything = {f"{part}/{n:06d}" for part in ("train", "val", "test") for n in range(12)}
+    assert everything - listed_ == {"train/000000", "train/000001", "val/000004", "test/000005"}
+    assert "4 copies of other images" in capfd.readouterr().err
 
 
 def test_nothing_of_medmnist_is_unpickled(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def special(path: Path, kind: bytes, link: str = "", name: str = "entry") -> Pat
 
 def refused(archive: Path, said: str) -> None:
     """Refused with one line that says so, nothing written anywhere."""
-    out = archive.parent / "out"
+    out = archive.parent / "new" / "out"
     before = sorted(archive.parent.rglob("*"))
     with pytest.raises(BadInput, match=said) as caught:
         unpack(archive, out)

@@ -13,7 +13,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
@@ -91,12 +91,17 @@ def unpack(archive: str | Path, out: str | Path, *, most_bytes: int = _MOST_BYTE
         raise BadInput(f"{archive} does not exist" if not archive.exists() else f"{archive} is not a file")
     limit = _Limit(archive, most_bytes)
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    made = [folder for folder in out.absolute().parents if not folder.exists()]
     try:
         temporary.mkdir(parents=True)
         links = _fill(archive, temporary, limit)
         os.replace(temporary, out)
-    finally:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
     if links:
         notice(f"{archive}: {links} links were left out")
     return limit.files

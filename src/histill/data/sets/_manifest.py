@@ -7,9 +7,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from histill.data.images import of_each
 from histill.data.sets._record import DataSet, Row
 from histill.errors import BadInput
-from histill.files import atomic
+from histill.files import atomic, file_digest
 from histill.progress import notice
 
 if TYPE_CHECKING:
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["By", "manifest", "read"]
 
 By = Literal["patient", "image"]
+_GUARDED = ("test", "val", "train", "")
 
 
 def manifest(data: DataSet, folder: str | Path, *, by: By = "patient") -> Path:
     """Write the manifest of a folder in the published layout and return it.
 
     What was not published as image files is converted first, into ``folder/converted``. A folder that holds only a
-    part of the data set is a notice.
+    part of the data set is a notice. A picture that is there twice, in two splits, of two patients or with two labels,
+    is listed once: that of test rather than of val, and of val rather than of train.
 
     Args:
         data: which data set it is.
@@ -47,7 +50,8 @@ def manifest(data: DataSet, folder: str | Path, *, by: By = "patient") -> Path:
         raise BadInput(f"{folder}: {', '.join(map(repr, odd))} is no class of {data.name}: {', '.join(data.classes)}")
     _compare(data, rows, folder)
     path = folder / f"{data.manifest}{'' if by == 'patient' else '_image'}.csv"
-    _write(path, folder, _apart(data, rows) if by == "patient" else [row._replace(patient="") for row in rows])
+    rows = _apart(data, rows) if by == "patient" else [row._replace(patient="") for row in rows]
+    _write(path, folder, _once(data, rows))
     return path
 
 
@@ -90,6 +94,20 @@ def _apart(data: DataSet, rows: list[Row]) -> list[Row]:
         "next splits by patient; --by image keeps it"
     )
     return [row._replace(split="") for row in rows]
+
+
+def _once(data: DataSet, rows: list[Row]) -> list[Row]:
+    """The rows, without copies of a picture that contradict one another."""
+    alike: dict[str, list[int]] = defaultdict(list)
+    for place, content in enumerate(of_each([row.path for row in rows], file_digest, "looking for copies")):
+        alike[content].append(place)
+    left: set[int] = set()
+    for places in alike.values():
+        if len({(rows[i].label, rows[i].patient, rows[i].split) for i in places}) > 1:
+            left |= set(sorted(places, key=lambda i: (_GUARDED.index(rows[i].split), i))[1:])
+    if left:
+        notice(f"{data.name}: {len(left)} copies of other images, with another label, patient or split, are left out")
+    return [row for place, row in enumerate(rows) if place not in left]
 
 
 def _write(path: Path, folder: Path, rows: list[Row]) -> None:

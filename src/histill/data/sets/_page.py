@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 
 from histill.data.sets._record import DataSet
 
@@ -33,12 +34,14 @@ def page(sets: Iterable[DataSet]) -> str:
         "| name | what it is, and for what | images and split | patient | pitfalls | files |",
         "|---|---|---|---|---|---|",
     ]
-    for data in sets:
+    for _, same in groupby(sets, key=lambda data: (data.citation, data.classes)):
+        data, *others = same
+        what = data.what.rpartition("; ")[0] if others else data.what  # the size is in the name
         counts = ", ".join(f"{split} {count:,}".strip() for split, count in data.images.items())
         learnt = f"{len(data.classes)} classes" if data.task == "labels" else f"{data.task}: {', '.join(data.classes)}"
         cells = (
-            f"[`{data.name}`]({data.homepage})",
-            f"{data.what}; {learnt}. For {data.use}. {data.citation}.",
+            ", ".join([f"[`{data.name}`]({data.homepage})", *(f"`{other.name}`" for other in others)]),
+            f"{what}; {learnt}. For {data.use}. {data.citation}.",
             f"{counts}. {_sentence(data.split)}",
             _sentence(data.patient),
             data.pitfalls,

@@ -38,8 +38,8 @@ BACH = DataSet(
     images={"": 400},
     split="none published (the challenge's test labels are not public); RCKD: 6:2:2 at random, 240, 80, 80",
     patient="not in the archive; the challenge's page has a partial list (patient_microscopy)",
-    pitfalls="Images of one patient are in several places of the order, so a random split divides patients; "
-    "80 test images: an interval of about 8 points.",
+    pitfalls="Some patients have several images (the challenge's page), so a random split divides them. 80 test "
+    "images: an interval of about 8 points either way.",
     rows=rows,
     flags="--val 0.2 --test 0.2",
 )

@@ -31,6 +31,7 @@ BREAKHIS = DataSet(
     use="RCKD's fine-tuning; what a leak of patients does to a figure",
     homepage="https://web.inf.ufpr.br/vri/databases/breast-cancer-histopathological-database-breakhis/",
     files=(File("BreaKHis_v1.tar.gz", "http://www.inf.ufpr.br/vri/databases/BreaKHis_v1.tar.gz"),),
+    checksums="none published, and the server speaks plain http",
     licence="CC BY 4.0",
     citation="Spanhol et al. 2016, A dataset for breast cancer histopathological image classification, TBME 63:1455",
     classes=("benign", "malignant"),

@@ -89,7 +89,7 @@ _2018 = DataSet(
 )
 _2019 = DataSet(
     name="isic-2019",
-    what="skin, dermoscopy of three clinics, eight kinds of lesion",
+    what="skin, dermoscopy of several clinics, eight kinds of lesion",
     use="dermoscopy, the largest labelled set of many classes",
     homepage="https://challenge.isic-archive.com/data/#2019",
     files=_files(
@@ -104,8 +104,7 @@ _2019 = DataSet(
     images={"": 25_331},
     split="none published for the labelled images",
     patient="the lesion (Metadata.csv), of some images not given",
-    pitfalls="Holds HAM10000 and the older challenges: no test on those after training on it. Crop, frame and colour "
-    "go with the clinic, and the clinic with the class.",
+    pitfalls="Holds HAM10000 and the older challenges: no test on those after training on it.",
     rows=rows_2019,
 )
 _2020 = DataSet(

@@ -40,8 +40,8 @@ LYMPHOMA = DataSet(
     images={"": 374},
     split="none published; RCKD: 6:2:2 at random, 224, 75 and 75",
     patient="the case number at the start of a file name (sj-05-1374), where there is one",
-    pitfalls="Several photographs of a case, and stains that go with the case: a random split lets a network know the "
-    "stain.",
+    pitfalls="Several photographs of a case, prepared at several sites with much variation of stain: after a random "
+    "split a network may know the case by its stain.",
     rows=rows,
     flags="--val 0.2 --test 0.2",
 )

@@ -93,7 +93,7 @@ PCAM = DataSet(
     split="published: by slide of Camelyon16",
     patient="the slide (column wsi of the meta files)",
     pitfalls="The label is that of the middle 32 x 32 pixels: a crop or a shift can lose it. Some tiles are there "
-    "twice (Kaggle's copy left them out). As PNG about 7 GB in 327,680 files.",
+    "twice (Kaggle's copy is without them). As PNG about 7 GB in 327,680 files.",
     rows=rows,
 )
 SETS = (PCAM,)
