@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from histill.errors import BadInput
-from histill.evaluate.finish import scores
 from histill.evaluate.intervals import figures_with_intervals, paired_gain
+from histill.evaluate.judge import scores_of
 from histill.evaluate.report import shown, shown_gain
 from histill.run import Run
 
 __all__ = ["Comparison", "compare"]
 
-_SHOWN = ("accuracy", "balanced_accuracy", "auroc", "ece")
+_SHOWN = ("accuracy", "balanced_accuracy", "auroc", "ece", "miou", "mdice", "object_f1")
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class Comparison:
     def __str__(self) -> str:
         runs, gains = self.summary["runs"], self.summary["gain"]
         width = max(len(name) for name in runs) + 2
-        lines = [f"{'':{width}}" + "".join(f"{name.replace('_', ' '):28}" for name in _SHOWN)]
-        lines += [f"{name:{width}}" + "".join(f"{shown(m, r[m]):28}" for m in _SHOWN) for name, r in runs.items()]
+        shown_here = [metric for metric in _SHOWN if metric in next(iter(runs.values()))]
+        lines = [f"{'':{width}}" + "".join(f"{name.replace('_', ' '):28}" for name in shown_here)]
+        lines += [f"{name:{width}}" + "".join(f"{shown(m, r[m]):28}" for m in shown_here) for name, r in runs.items()]
         first = next(iter(runs))
         for name, gain in gains.items():
-            lines.append(f"\n{name} minus {first}, paired: McNemar p = {gain['mcnemar_p']:.3g}")
-            lines += [f"  {metric.replace('_', ' '):20}{shown_gain(metric, gain[metric])}" for metric in _SHOWN]
+            p = f": McNemar p = {gain['mcnemar_p']:.3g}" if "mcnemar_p" in gain else ""
+            lines.append(f"\n{name} minus {first}, paired{p}")
+            lines += [f"  {metric.replace('_', ' '):20}{shown_gain(metric, gain[metric])}" for metric in shown_here]
         if len(gains) > 1:
             lines.append(f"\n{len(gains)} comparisons: the intervals and p values are not corrected for their number")
         return "\n".join(lines)
@@ -67,7 +69,7 @@ def compare(*runs: Run | str | Path, split: str = "test") -> Comparison:
             )
     images = first.predictions.query("split == @split")["image"]
     tables = [run.predictions.set_index("image", drop=False).loc[images] for run in opened]
-    found = [scores(t, first.classes, positive=first.info["positive"]) for t in tables]
+    found = [scores_of(run, split, table) for run, table in zip(opened, tables)]
     called = _distinct([run.path for run in opened])
     return Comparison(
         {

@@ -17,10 +17,9 @@ from histill.distill import read_parts
 from histill.errors import BadInput
 from histill.evaluate import figures
 from histill.evaluate.finish import class_rows, counts, settings
-from histill.evaluate.finish import scores as label_scores
 from histill.evaluate.finish_masks import title
 from histill.evaluate.intervals import Judged, figures_over_seeds, figures_with_intervals, paired_gain
-from histill.evaluate.masks import scores as mask_scores
+from histill.evaluate.judge import scores_of
 from histill.evaluate.metrics import METRICS, Scores, confusion
 from histill.evaluate.page import Card, Cards, Picture, Section, Table, Text, write_report
 from histill.evaluate.report import TITLES, difference, share, shown, shown_gain
@@ -30,7 +29,7 @@ from histill.loop import train
 from histill.progress import notice, say
 from histill.run import Run
 
-__all__ = ["check_apart", "judged", "transfer", "transfers"]
+__all__ = ["check_apart", "transfer", "transfers"]
 
 ROLES = ("student_alone", "student_distilled")
 
@@ -49,13 +48,6 @@ def check_apart(unlabelled: Images, images: Images) -> None:
             f"leak: {len(leaked)} of the unlabelled images are validation or test images: {few(leaked)}; "
             "take them out of --unlabelled"
         )
-
-
-def judged(run: Run, split: str = "test") -> Judged:
-    """What a run said of a split's images, by labels or by masks."""
-    if run.info["data"].get("masks"):
-        return mask_scores(run.predictions, run.classes, split)
-    return label_scores(run.predictions, run.classes, split, positive=run.info["positive"])
 
 
 def transfer(
@@ -136,7 +128,7 @@ def transfer(
 
 def _prove(recipe: str, out: Path, images: Images, pretrained: Run, runs: list[dict[str, Run]]) -> dict[str, Any]:
     """Compare, export, time, and write ``summary.json`` and ``report.html``."""
-    found = {role: [judged(trio[role]) for trio in runs] for role in ROLES}
+    found = {role: [scores_of(trio[role]) for trio in runs] for role in ROLES}
     over = figures_over_seeds if len(runs) > 1 else (lambda s: figures_with_intervals(s[0]))
     test: dict[str, Any] = {role: over(scores) for role, scores in found.items()}
     alone, distilled = (found[role] if len(runs) > 1 else found[role][0] for role in ROLES)

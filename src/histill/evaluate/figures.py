@@ -320,6 +320,36 @@ def curves(lines: Mapping[str, Array], path: Path, *, xlabel: str = "epoch", yla
         ax.legend()
 
 
+def bars(rows: Mapping[str, Mapping[str, Any]], path: Path, *, xlabel: str = "") -> None:
+    """A figure by name with its 95 % interval, one below the other."""
+    with _drawing(path, 5.2, 0.32 * len(rows) + 0.9) as figure:
+        ax = figure.subplots()
+        for place, row in enumerate(rows.values()):
+            low, high = (row["value"] if row[k] is None else row[k] for k in ("low", "high"))
+            ax.hlines(place, low, high, color=BLUE, linewidth=1.6)
+            ax.plot(row["value"], place, "o", color=BLUE, markersize=5.5)
+            ax.annotate(
+                f"{row['value']:.3f}", (high, place), (5, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        ax.set_yticks(range(len(rows)), list(rows))
+        ax.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+        ax.margins(x=0.12)
+        ax.grid(True, axis="x")
+
+
+def balls(rows: Sequence[tuple[str, float, float, float]], path: Path, *, ylabel: str = "accuracy") -> None:
+    """Accuracy against multiply-accumulates; ``(name, GMAC, accuracy, million parameters)``, area by parameters."""
+    with _drawing(path, 5.6, 4.0) as figure:
+        ax = figure.subplots()
+        for number, (name, gmac, value, millions) in enumerate(rows):
+            ax.scatter(gmac, value, s=18 * millions, color=CYCLE[number % len(CYCLE)], alpha=0.55, linewidth=0)
+            ax.annotate(name, (gmac, value), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+        ax.set_xscale("log")
+        ax.set(xlabel="billion multiply-accumulates per image", ylabel=ylabel)
+        ax.margins(0.18)
+        ax.grid(True)
+
+
 def early_exit(found: Mapping[str, Any], path: Path) -> None:
     """Accuracy against multiply-accumulates: every threshold, the fitted one, and each exit by itself.
 

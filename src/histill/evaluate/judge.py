@@ -6,19 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from histill.data.images import read_images
+from histill.data.masks import read_masks
 from histill.data.packed import pack
 from histill.errors import BadInput
+from histill.evaluate import masks
 from histill.evaluate.finish import EXTRA, predictions, scores
-from histill.evaluate.intervals import figures_with_intervals, per_class_table
+from histill.evaluate.intervals import Judged, figures_with_intervals, per_class_table
 from histill.evaluate.metrics import METRICS
 from histill.evaluate.predict import predict_rows
 from histill.machine import find_device
 from histill.progress import notice
 from histill.run import Run
 
-__all__ = ["judge"]
+__all__ = ["judge", "scores_of"]
+
+
+def scores_of(run: Run, split: str = "test", table: pd.DataFrame | None = None) -> Judged:
+    """What a run said of a split's images, by labels or by masks; ``table`` in place of its own predictions."""
+    table = run.predictions if table is None else table
+    if run.info["data"].get("masks"):
+        return masks.scores(table, run.classes, split)
+    return scores(table, run.classes, split, positive=run.info["positive"])
 
 
 def judge(
@@ -49,6 +60,8 @@ def judge(
         raise BadInput(f"{run.path} is not finished (status: {run.info['status']}); go on with --resume")
     if data is None:
         return {s: f for s, f in run.metrics.items() if isinstance(f, dict)}
+    if run.info["data"].get("masks"):
+        return _judge_masks(run, data, patient, device)
     images = read_images(data, patient=patient)
     if unknown := sorted(set(images.classes) - set(run.classes)):
         raise BadInput(f"{data}: labels that {run.path} was not trained on: {', '.join(unknown)}")
@@ -65,3 +78,12 @@ def judge(
     found = scores(table, run.classes, positive=run.info["positive"])
     figures: dict[str, Any] = figures_with_intervals(found, names=[*(n for n in METRICS if n != "agreement"), *EXTRA])
     return {"data": figures | {"per_class": per_class_table(found, run.classes)}}
+
+
+def _judge_masks(run: Run, data: str | Path, patient: str | None, device: str) -> dict[str, Any]:
+    kind: Any = run.info["data"]["masks"]
+    images = read_masks(data, kind=kind, classes=run.classes, patient=patient)
+    packed = pack(images, run.image_size)
+    where, rows = find_device(device), np.arange(len(images))
+    said = masks.ask(run.network().to(where), packed, rows, device=where)
+    return {"data": figures_with_intervals(masks.scores(masks.predictions(packed.images, rows, said), run.classes))}

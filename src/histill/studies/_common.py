@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from histill.evaluate.finish import scores
-from histill.evaluate.intervals import figures_over_seeds, paired_gain
+from histill.evaluate.intervals import Judged, figures_over_seeds, paired_gain
+from histill.evaluate.judge import scores_of
 from histill.evaluate.metrics import METRICS, Scores
 from histill.evaluate.report import Section, Table, share, write_report
 from histill.experiment import Experiment
@@ -41,17 +41,23 @@ class Study:
             self.runs[name] = [train(make(s), home, resume=True, **self.machine) for s, home in homes.items()]
         return self.runs[name]
 
+    def judged(self, name: str, split: str = "test") -> list[Judged]:
+        """What the runs of a row said, of labels or of masks."""
+        return [scores_of(run, split) for run in self.runs[name]]
+
     def scores(self, name: str, split: str = "test") -> list[Scores]:
-        """What the runs of a row said."""
-        return [scores(r.predictions, r.classes, split, positive=r.info["positive"]) for r in self.runs[name]]
+        """What the runs of a row said of labels."""
+        return [s for s in self.judged(name, split) if isinstance(s, Scores)]
 
     def figures(self, name: str, split: str = "test") -> dict[str, Any]:
         """Means over the seeds with intervals over patients and seeds."""
-        return figures_over_seeds(self.scores(name, split))
+        return figures_over_seeds(self.judged(name, split))
 
     def gain(self, name: str, over: str) -> dict[str, Any]:
         """Paired difference of two rows with the same seeds, ``name`` minus ``over``."""
-        return paired_gain(self.scores(over), self.scores(name), names=[m for m in METRICS if m != "agreement"])
+        before, after = self.judged(over), self.judged(name)
+        names = [m for m in METRICS if m != "agreement"] if isinstance(before[0], Scores) else None
+        return paired_gain(before, after, names=names)
 
     def finish(self, title: str, answer: str, sections: Sequence[Section], summary: dict[str, Any]) -> str:
         """Write ``summary.json`` and ``report.html``; returns the tables as text."""
