@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from histill.slides import open_slide
 from histill.slides.view import render
 from histill.slides.view.cache import Lru
 from histill.slides.view.geometry import OVERLAP_PX, TILE_PX, DeepZoom
-from histill.slides.view.heat import Channel, Difference, HeatFile
+from histill.slides.view.heat import Channel, Difference, HeatFile, Label
 from histill.slides.view.library import Library
 
 
@@ -171,6 +172,15 @@ def test_disagreement_by_hand(tmp_path: Path) -> None:
     assert not same.any()
 
 
+def test_a_mask_is_shown_class_by_class(tmp_path: Path) -> None:
+    labels = np.array([[0, 1], [2, 1]], np.uint8)
+    write_map(tmp_path / "mask.tiff", labels[None])
+    file, places = HeatFile(tmp_path / "mask.tiff", MAP_PX), np.arange(2 * MAP_PX) + 0.5
+    for value in (1, 2):
+        expected = 255 * (np.kron(labels, np.ones((MAP_PX, MAP_PX), int)) == value)
+        np.testing.assert_array_equal(Label(file, value).sample(places, places, 1), expected)
+
+
 def test_a_damaged_map_is_named(tmp_path: Path) -> None:
     (tmp_path / "heat.tiff").write_bytes(b"II*\0 not a tiff")
     with pytest.raises(BadInput, match=r"heat\.tiff"):
@@ -209,6 +219,19 @@ def test_what_is_found(results: Path) -> None:
     alone = Library(results / "student" / "case")
     assert list(alone.entries) == ["case"]
     assert "disagreement" not in alone.entries["case"].layers
+
+
+def test_what_is_shown_at_first(results: Path, tmp_path: Path) -> None:
+    place = write_result(tmp_path, results / "slide.png", (WIDTH, HEIGHT), ramp(), [])
+    assert Library(tmp_path).entries["case"].first == ("malignant",)  # not the first class, which is healthy
+    said = json.loads((place / "slide.json").read_text())
+    said["settings"] = {"lesions": ["benign"], "threshold": 0.3}
+    (place / "slide.json").write_text(json.dumps(said))
+    write_map(place / "mask.ome.tiff", np.ones((1, 34, 44), np.uint8))
+    entry = Library(tmp_path).entries["case"]
+    assert (entry.first, entry.threshold) == (("benign",), 0.3)
+    assert list(entry.layers) == ["benign", "malignant", "mask:benign", "mask:malignant"]
+    assert [layer["shown"] for layer in entry.describe()["layers"]] == [True, False, False, False]
 
 
 def test_what_is_wrong_is_said(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

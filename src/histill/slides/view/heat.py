@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from histill.errors import BadInput, require
 from histill.slides.view.cache import Lru
 
-__all__ = ["Channel", "Difference", "Heat", "HeatFile"]
+__all__ = ["Channel", "Difference", "Heat", "HeatFile", "Label"]
 
 Pixels = NDArray[np.uint8]
 Places = NDArray[np.float64]
@@ -32,7 +32,7 @@ class Heat(Protocol):
 
 
 class HeatFile:
-    """``heatmap.ome.tiff`` of a slide: planes (class, y, x) of uint8, levels in SubIFDs.
+    """``heatmap.ome.tiff`` of a slide, or its ``mask.ome.tiff``: planes (class, y, x) of uint8, levels in SubIFDs.
 
     What is decoded is kept in bounded memory; threads may read at the same time.
 
@@ -139,6 +139,18 @@ class Channel:
     def sample(self, xs: Places, ys: Places, scale: float) -> Pixels:
         """As in `Heat`."""
         return self.file.sample(self.channel, xs, ys, scale)
+
+
+class Label:
+    """Where a `HeatFile` of class numbers, as a segmentation leaves it, has one of them: 255 there, 0 elsewhere."""
+
+    def __init__(self, file: HeatFile, value: int) -> None:
+        self.file, self.value = file, value
+        self.pixel = file.downsamples[0]
+
+    def sample(self, xs: Places, ys: Places, scale: float) -> Pixels:
+        """As in `Heat`."""
+        return np.where(self.file.sample(0, xs, ys, scale, smooth=False) == self.value, np.uint8(255), np.uint8(0))
 
 
 class Difference:

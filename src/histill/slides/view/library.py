@@ -19,7 +19,7 @@ from histill.files import read_json
 from histill.progress import notice, progress
 from histill.slides import Slide, open_slide
 from histill.slides.view.geometry import DeepZoom
-from histill.slides.view.heat import Channel, Difference, Heat, HeatFile
+from histill.slides.view.heat import Channel, Difference, Heat, HeatFile, Label
 from histill.slides.view.render import Color
 
 __all__ = ["DISAGREEMENT", "Entry", "Layer", "Library"]
@@ -27,6 +27,8 @@ __all__ = ["DISAGREEMENT", "Entry", "Layer", "Library"]
 DISAGREEMENT = "disagreement"
 AGAINST = "against:"
 """Before a class, the layer of the other model."""
+MASK = "mask:"
+"""Before a class, what was segmented as it."""
 
 _DISAGREEMENT_COLOR = (0, 180, 255)  # unlike stains and classes
 _TURNS = 0.5  # a difference by which the answer turns is shown opaque
@@ -64,6 +66,8 @@ class Entry:
         zoom: its grid.
         classes: their names.
         layers: by name; classes, those of the other model, and how far the two lie apart.
+        first: the layers that are shown at first.
+        threshold: from which probability on the lesions were outlined.
         lesions: the outlines' file.
         version: changes when any of the files does.
     """
@@ -74,6 +78,8 @@ class Entry:
     zoom: DeepZoom
     classes: tuple[str, ...]
     layers: Mapping[str, Layer]
+    first: tuple[str, ...]
+    threshold: float
     lesions: Path | None
     version: str
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -89,6 +95,7 @@ class Entry:
             "mpp": self.mpp,
             "lesions": self.lesions is not None,
             "version": self.version,
+            "threshold": self.threshold,
             "layers": [
                 {
                     "name": name,
@@ -96,6 +103,8 @@ class Entry:
                     "title": layer.title,
                     "color": list(layer.color),
                     "pixel": layer.heat.pixel,
+                    "shown": name in self.first,
+                    "of_probability": name != DISAGREEMENT,
                 }
                 for name, layer in self.layers.items()
             ],
@@ -185,13 +194,20 @@ def _entry(name: str, place: Path, root: Path, other: Path | None, against: Path
         )
     files = [slide_path, place / "slide.json"]
     layers: dict[str, Layer] = {}
-    mine = _heat(place, root, said, size)
+    mine = _map(place / "heatmap.ome.tiff", root, said, size)
     if mine is not None:
         files.append(mine.path)
         layers = _classes(mine, said, root.resolve().name)
+    first = tuple(label for label in said["lesions"] or said["classes"][1:] or said["classes"] if label in layers)
+    mask = _map(place / "mask.ome.tiff", root, said, size)
+    if mask is not None:
+        files.append(mask.path)
+        title = f"{root.resolve().name}, segmented"
+        for n, label in enumerate(said["classes"], 1):
+            layers[MASK + label] = Layer(title, label, said["colors"][label], Label(mask, n))
     if other is not None and against is not None:
         theirs_said = _said(other)
-        theirs = _heat(other, against, theirs_said, size)
+        theirs = _map(other / "heatmap.ome.tiff", against, theirs_said, size)
         if theirs_said["dimensions"] != size:
             notice(f"{name}: {other} is of another slide, and not shown")
         elif theirs is not None:
@@ -203,7 +219,18 @@ def _entry(name: str, place: Path, root: Path, other: Path | None, against: Path
     lesions = next((p for p in (place / "lesions.geojson", place / "lesions.geojson.gz") if _inside(p, root)), None)
     if lesions is not None:
         files.append(lesions)
-    return Entry(name, slide_path, mpp, DeepZoom(*size), tuple(said["classes"]), layers, lesions, _version(files))
+    return Entry(
+        name=name,
+        slide_path=slide_path,
+        mpp=mpp,
+        zoom=DeepZoom(*size),
+        classes=tuple(said["classes"]),
+        layers=layers,
+        first=first,
+        threshold=said["threshold"],
+        lesions=lesions,
+        version=_version(files),
+    )
 
 
 def _classes(heat: HeatFile, said: Mapping[str, Any], group: str) -> dict[str, Layer]:
@@ -241,12 +268,16 @@ def _said(place: Path) -> dict[str, Any]:
     mpp = said.get("mpp")
     if mpp is not None and not (isinstance(mpp, (int, float)) and math.isfinite(mpp) and mpp > 0):
         raise BadInput(f"{wrong}: mpp is not a number of microns")
+    settings = said.get("settings") if isinstance(said.get("settings"), dict) else {}
+    threshold, lesions = settings.get("threshold"), settings.get("lesions")  # type: ignore[union-attr]
     colors = said.get("colors") if isinstance(said.get("colors"), dict) else {}
     return {
         "path": said["path"],
         "dimensions": tuple(size),
         "classes": classes,
         "mpp": mpp,
+        "threshold": float(threshold) if isinstance(threshold, (int, float)) and 0 < threshold < 1 else 0.5,
+        "lesions": [label for label in classes if label in lesions] if isinstance(lesions, list) else [],
         "colors": {
             label: _color(colors.get(label), _PALETTE[n % len(_PALETTE)])  # type: ignore[union-attr]
             for n, label in enumerate(classes)
@@ -260,12 +291,9 @@ def _color(said: Any, otherwise: Color) -> Color:
     return otherwise
 
 
-def _heat(place: Path, root: Path, said: Mapping[str, Any], size: tuple[int, int]) -> HeatFile | None:
-    """The map of a slide's folder, or none where it has none."""
-    path = place / "heatmap.ome.tiff"
-    if not _inside(path, root):
-        return None
-    return HeatFile(path, _l0_pixel(path, said["mpp"], size))
+def _map(path: Path, root: Path, said: Mapping[str, Any], size: tuple[int, int]) -> HeatFile | None:
+    """A map of a slide, or none where its folder has none."""
+    return HeatFile(path, _l0_pixel(path, said["mpp"], size)) if _inside(path, root) else None
 
 
 def _l0_pixel(path: Path, mpp: float | None, size: tuple[int, int]) -> float:

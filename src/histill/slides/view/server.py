@@ -201,11 +201,13 @@ class Viewer:
 
 
 def _own_address() -> str:
-    """An address of this machine that others may know."""
-    try:
-        return str(socket.getaddrinfo(socket.gethostname(), 0, socket.AF_INET)[0][4][0])
-    except (OSError, UnicodeError):
-        return "127.0.0.1"
+    """The address under which others see this machine; nothing is sent to find it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as link:
+        try:
+            link.connect(("192.0.2.1", 9))  # reserved for documentation (RFC 5737)
+            return str(link.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
 
 
 class _Server(HTTPServer):

@@ -31,7 +31,7 @@ export function microns(value) {
 }
 
 function area(squareMicrons) {
-  return squareMicrons >= 1e4 ? `${(squareMicrons / 1e6).toPrecision(3)} mm²` : `${Math.round(squareMicrons)} µm²`;
+  return squareMicrons >= 1e5 ? `${(squareMicrons / 1e6).toPrecision(3)} mm²` : `${Math.round(squareMicrons)} µm²`;
 }
 
 // What the outlines say ---------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ function probability({measurements, label}) {
 class Page {
   constructor(Plane, slide, lesions) {
     this.slide = slide; this.lesions = lesions; this.shown = new Set(); this.chosen = -1;
-    this.threshold = .5; this.doubt = .2; this.opacity = .45;
+    this.threshold = slide.threshold; this.doubt = .2; this.opacity = .45;
     this.plane = new Plane($("plane"), [slide.width, slide.height], slide.levels - 1);
   }
 
@@ -81,7 +81,7 @@ class Page {
   }
 
   /** From which value on a layer is shown: a probability, or a difference of two. */
-  from(layer) { return layer.name === "disagreement" ? this.doubt : this.threshold; }
+  from(layer) { return layer.of_probability ? this.threshold : this.doubt; }
 
   overlayUrl(layer) {
     const threshold = this.from(layer).toFixed(2);
@@ -92,14 +92,7 @@ class Page {
   async start() {
     this.ground = this.plane.add((...place) => this.tileUrl(...place));
     await this.plane.show();
-    const lesionClasses = new Set(this.lesions.map(({label}) => label));
-    const first = this.slide.layers[0]?.group;
-    for (const layer of this.slide.layers) {
-      layer.alone = this.slide.layers.filter(({group}) => group === layer.group).length === 1;
-      if (layer.group !== first) continue;
-      const own = this.slide.layers.filter(({group}) => group === first);
-      if (lesionClasses.size ? lesionClasses.has(layer.title) : own.length === 1 || layer !== own[0]) this.shown.add(layer);
-    }
+    for (const layer of this.slide.layers) if (layer.shown) this.shown.add(layer);
     this.layerControls();
     this.lesionControls();
     this.sliders();
@@ -171,7 +164,7 @@ class Page {
     slider("opacity", "opacity", (value) => `${Math.round(value * 100)} %`, 0);
     slider("threshold", "threshold", (value) => `p ≥ ${value.toFixed(2)}`, 60);
     slider("doubt", "doubt", (value) => `≥ ${value.toFixed(2)}`, 60);
-    $("doubt").parentElement.hidden = !this.slide.layers.some(({name}) => name === "disagreement");
+    $("doubt").parentElement.hidden = !this.slide.layers.some((layer) => !layer.of_probability);
   }
 
   // Lesions -------------------------------------------------------------------------------------------------------
