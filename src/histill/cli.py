@@ -222,8 +222,10 @@ def bench(
 ) -> None:
     """Parameters, MACs, file size, memory (of .onnx files), latency and images per second, side by side.
 
+    ``histill bench read SLIDE`` times the reading of a slide beside OpenSlide's.
+
     Args:
-        models: runs, .onnx or TorchScript files.
+        models: runs, .onnx or TorchScript files; or the word read and a slide.
         out: a folder for summary.json.
         batch_size: images at once, beside single images.
         seconds: how long each model is timed, warm-up apart.
@@ -233,6 +235,11 @@ def bench(
     from histill.deploy.deliver import bench as work
     from histill.files import write_json
 
+    if models and str(models[0]) == "read":
+        from histill.slides.bench import bench_command
+
+        _print(bench_command(models[1:], out=out, seconds=seconds))
+        return
     summary, table = work(models, batch_size=batch_size, seconds=seconds, device=device, code=code)
     if out is not None:
         write_json(out / "summary.json", summary)
@@ -264,6 +271,72 @@ def view(
         sys.stdout.flush()
 
     work(folder, against=against, host=host, port=port, token=token, ready=ready)
+
+
+@app.command
+def tiles(
+    *slides: Path,
+    out: Path,
+    masks: Path | None = None,
+    preset: Literal["lesion", "pretrain"] | None = None,
+    mpp: float | None = None,
+    slide_mpp: float | None = None,
+    tile: Count | None = None,
+    stride: Count | None = None,
+    share: float | None = None,
+    min_tissue: float | None = None,
+    min_kb: float | None = None,
+    background: str | None = None,
+    classes: list[str] | None = None,
+    label: str | None = None,
+    patient: str | None = None,
+    site: str | None = None,
+    workers: Count | None = None,
+) -> None:
+    """Training patches from slides, with a manifest.csv that distill takes; goes on where it stopped.
+
+    Args:
+        slides: slides, or folders of them.
+        out: a folder for the patches, which lie in class folders, and manifest.csv.
+        masks: a folder with a mask image (values are classes, 0 is none) or QuPath GeoJSON called like each slide.
+        preset: lesion (512 px at 20x, half overlapping, more than 3/4 of one class; with masks) or pretrain (1024 px at
+            20x side by side, without labels).
+        mpp: microns per pixel of a patch (presets: 0.5, which is 20x).
+        slide_mpp: the slides' own microns per pixel, where the files do not say.
+        tile: side of a patch in pixels.
+        stride: pixels from one patch to the next.
+        share: a patch belongs to a class that covers more than this share of it (lesion: 0.75).
+        min_tissue: the share of a patch that must be tissue (lesion: 0.5; pretrain: not asked for).
+        min_kb: kilobytes that its PNG must have (lesion: 330, for 512 px; pretrain: any).
+        background: the label of patches in which nothing is marked; empty: they are left out.
+        classes: names of a mask's values from 1 on, or which classes of the GeoJSON are used.
+        label: regular expression that reads a slide's class off its path, for masks that only say where a lesion is.
+        patient: regular expression that reads the patient off a slide's path (default: a TCGA barcode's, or its name).
+        site: regular expression that reads the site off a slide's path (default: a TCGA barcode's).
+        workers: patches encoded at once (default: one per processor).
+    """
+    from histill.slides.cut import cut_slides
+
+    found = cut_slides(
+        slides,
+        out,
+        masks=masks,
+        preset=preset,
+        classes=classes or (),
+        label=label,
+        patient=patient,
+        site=site,
+        slide_mpp=slide_mpp,
+        workers=workers,
+        mpp=mpp,
+        tile=tile,
+        stride=stride,
+        share=share,
+        min_tissue=min_tissue,
+        min_kb=min_kb,
+        background=background,
+    )
+    _print(found)
 
 
 @app.command

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from histill.errors import BadInput, require
+from histill.files import write_json
 from histill.progress import progress
 from histill.slides.slide import Slide, open_slide
 from histill.slides.sources import over_white
 from histill.slides.tiles import Pixels
 
-__all__ = ["bench_read", "table_of"]
+__all__ = ["bench_command", "bench_read", "table_of"]
 
 TILES = 64  # a round
 MODEL_PX = 224  # of the tiles that a model takes
@@ -81,6 +82,16 @@ def bench_read(path: str | Path, *, seconds: float = 5.0, seed: int = 0) -> dict
             },
             **found,
         }
+
+
+def bench_command(slides: Sequence[Path], *, out: Path | None, seconds: float) -> str:
+    """``histill bench read``: the table; the figures as JSON in ``out/summary.json``."""
+    if len(slides) != 1:
+        raise BadInput(f"bench read takes one slide, {len(slides)} were given: histill bench read SLIDE")
+    found = bench_read(slides[0], seconds=seconds)
+    if out is not None:
+        write_json(out / "summary.json", found)
+    return table_of(found)
 
 
 def _places(slide: Slide, size: tuple[int, int], rng: np.random.Generator, *, shuffled: bool) -> list[tuple[int, int]]:

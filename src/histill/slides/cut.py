@@ -136,7 +136,7 @@ def cut_slides(
         site: the same for where it was scanned; by default a TCGA barcode's hospital.
         slide_mpp: the slides' microns per pixel, where the files do not say.
         workers: patches encoded at once, by default a thread per processor.
-        **changes: to the preset, fields of `Cut`.
+        **changes: to the preset, fields of `Cut`; None changes nothing.
 
     Raises:
         BadInput: no slide, two of one name, other arguments than ``out`` was begun with.
@@ -147,6 +147,7 @@ def cut_slides(
         raise BadInput("the preset lesion needs --masks DIR, which say where lesions are; or take --preset pretrain")
     if masks is not None and not masks.is_dir():
         raise BadInput(f"--masks {masks}: no such folder")
+    changes = {name: value for name, value in changes.items() if value is not None}
     rule = replace(PRESETS[chosen], **changes)
     if "min_kb" not in changes:
         rule = replace(rule, min_kb=rule.min_kb * (rule.tile / PRESETS[chosen].tile) ** 2)
