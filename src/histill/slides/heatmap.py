@@ -161,6 +161,7 @@ def write_ome_tiff(
     names: Sequence[str],
     mpp: float,
     colors: Mapping[str, Color] | None = None,
+    labels: bool = False,
 ) -> Path:
     """Write 8-bit channels as a tiled, deflated OME-TIFF with its pyramid in SubIFDs, atomically.
 
@@ -172,6 +173,7 @@ def write_ome_tiff(
         names: of the channels.
         mpp: microns per pixel.
         colors: RGB by name, in which QuPath shows the channels.
+        labels: the values are numbers of classes: coarser levels take every second pixel, not means.
     """
     tifffile = require("tifffile", "slides")
     path, (count, height, width) = Path(path), channels.shape
@@ -191,7 +193,7 @@ def write_ome_tiff(
         file.write(channels, subifds=halvings, resolution=(per_cm, per_cm), description=xml, **options)
         level = channels
         for halving in range(1, halvings + 1):
-            level = _halved(level)
+            level = level[:, ::2, ::2] if labels else _halved(level)
             per_cm = 1e4 / mpp / 2**halving
             file.write(level, subfiletype=1, resolution=(per_cm, per_cm), **options)
     return path

@@ -17,7 +17,6 @@ import contourpy
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from scipy import ndimage
 from scipy.spatial.distance import pdist
 from scipy.special import log_softmax, softmax
@@ -25,6 +24,7 @@ from scipy.special import log_softmax, softmax
 from histill.errors import BadInput, require
 from histill.slides.geojson import Feature
 from histill.slides.heatmap import Heatmap
+from histill.slides.regions import paint
 
 __all__ = [
     "FROC_AT",
@@ -37,7 +37,6 @@ __all__ = [
     "lesion_classes",
     "lesion_features",
     "lesion_hits",
-    "polygons_mask",
     "tempered",
 ]
 
@@ -181,10 +180,12 @@ def _area(ring: NDArray[np.float64]) -> float:
 
 def _measured(polygon: Any, label: str, p: NDArray[Any], field: NDArray[Any], heatmap: Heatmap) -> Lesion:
     """``polygon`` is in map pixels; ``p`` and ``field`` are padded by one."""
+    shapely = require("shapely", "slides")
     left, top, right, bottom = (math.floor(bound + 0.5) for bound in polygon.bounds)
     window = (slice(top, bottom + 2), slice(left, right + 2))
-    inside = polygons_mask([polygon], (bottom + 2 - top, right + 2 - left), offset=(left - 1, top - 1))
-    inside &= field[window] > 0
+    drawn = np.zeros((bottom + 2 - top, right + 2 - left), np.uint8)
+    paint(drawn, [shapely.transform(polygon, lambda xy: xy - (left - 1, top - 1))], (1.0, 1.0))
+    inside = (drawn > 0) & (field[window] > 0)
     if not inside.any():  # thinner than a pixel
         inside = field[window] > 0
     values = p[window]
@@ -193,7 +194,7 @@ def _measured(polygon: Any, label: str, p: NDArray[Any], field: NDArray[Any], he
     row, column = np.unravel_index(np.argmax(np.where(likely == likely.max(), depth, -1)), inside.shape)
     pixel, um = heatmap.l0_pixel, heatmap.mpp
     hull = np.asarray(polygon.convex_hull.exterior.coords)
-    scaled = require("shapely", "slides").transform(polygon, lambda xy: xy * pixel)
+    scaled = shapely.transform(polygon, lambda xy: xy * pixel)
     return Lesion(
         polygon=scaled,
         label=label,
@@ -204,30 +205,6 @@ def _measured(polygon: Any, label: str, p: NDArray[Any], field: NDArray[Any], he
         peak=((int(column) + left - 0.5) * pixel, (int(row) + top - 0.5) * pixel),
         peak_probability=float(values[row, column]),
     )
-
-
-def polygons_mask(
-    polygons: Sequence[Any], shape: tuple[int, int], *, scale: float = 1.0, offset: tuple[float, float] = (0.0, 0.0)
-) -> NDArray[np.bool_]:
-    """``(H, W)``, which pixels' centres lie in one of the polygons, give or take the outline's own pixels.
-
-    Args:
-        polygons: with holes.
-        shape: height and width.
-        scale: the polygons' units per pixel.
-        offset: x, y of the top left pixel's corner, in pixels.
-    """
-    found = np.zeros(shape, np.bool_)
-    for polygon in polygons:
-        for part in getattr(polygon, "geoms", [polygon]):
-            picture = Image.new("1", (shape[1], shape[0]))
-            draw = ImageDraw.Draw(picture)
-            for number, ring in enumerate((part.exterior, *part.interiors)):
-                # Pillow's coordinates are of pixel centres.
-                points = np.asarray(ring.coords)[:, :2] / scale - np.asarray(offset) - 0.5
-                draw.polygon([(float(x), float(y)) for x, y in points], fill=int(number == 0))
-            found |= np.asarray(picture)
-    return found
 
 
 def lesion_features(lesions: Sequence[Lesion]) -> list[Feature]:

@@ -1,0 +1,262 @@
+"""One page about one slide that stands alone: the answer, where it comes from, and how it was made.
+
+Pictures are embedded, there is no script and no address, and every string is escaped: names of slides and classes come
+from users. A page holds no clock, so the same slide gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+from histill.errors import require
+from histill.files import write_text
+from histill.slides.engine import Model
+from histill.slides.geojson import Color
+from histill.slides.grid import Grid
+from histill.slides.lesions import Lesion
+from histill.slides.segment import attention_maps
+from histill.slides.slide import Slide
+
+__all__ = ["Case", "write_case"]
+
+_SHOWN_LESIONS = 50  # in the table
+_DRAWN_LESIONS = 500
+_TILE_PX = 168  # of a telling tile on the page
+_QUALITY = 85
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """What the page shows.
+
+    Attributes:
+        name: of the slide.
+        slide: open; the telling tiles are read from it.
+        thumbnail: of the slide.
+        overlay: ``(H, W, 4)`` RGBA of the heatmap.
+        l0_pixel: level-0 pixels that a pixel of the overlay is wide.
+        lesions: largest first.
+        labels: the classes that are lesions.
+        colors: of the classes.
+        classes: of the model.
+        call: from `call_slide`.
+        tiles: all of them.
+        grid: of the tiles.
+        model: which looked.
+        settings: by name.
+        versions: by name.
+        judged: agreement with a reference mask, or None.
+        segmented: areas that U-Nets outlined, or None.
+    """
+
+    name: str
+    slide: Slide
+    thumbnail: Image.Image
+    overlay: NDArray[np.uint8]
+    l0_pixel: float
+    lesions: Sequence[Lesion]
+    labels: Sequence[str]
+    colors: Mapping[str, Color]
+    classes: Sequence[str]
+    call: Mapping[str, Any]
+    tiles: pd.DataFrame
+    grid: Grid
+    model: Model
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    judged: Mapping[str, Any] | None = None
+    segmented: Mapping[str, Any] | None = None
+
+
+def write_case(path: Path, case: Case) -> Path:
+    """Write the page, atomically."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("histill.slides"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    width, height = case.slide.dimensions
+    page = environment.get_template("case.html").render(
+        name=case.name,
+        answer=_answer(case),
+        cards=_cards(case),
+        width=width,
+        height=height,
+        thumbnail=_embedded(case.thumbnail.convert("RGB"), "JPEG"),
+        overlay=_embedded(_over(case), "PNG"),
+        outlines=_outlines(case),
+        legend=[(name, _hex(case.colors[name]), name in case.labels) for name in case.classes],
+        lesions=_lesion_rows(case),
+        more_lesions=max(0, len(case.lesions) - _SHOWN_LESIONS),
+        tiles=_telling(case),
+        label=case.call["label"],
+        classes=_class_rows(case),
+        judged=_judged_rows(case),
+        segmented=_segmented_rows(case),
+        settings=[(name.replace("_", " "), _said(value)) for name, value in case.settings.items() if value is not None],
+        versions=list(case.versions.items()),
+        model=case.model,
+    )
+    write_text(path, page)
+    return path
+
+
+def area(um2: float) -> str:
+    """Square millimetres where they are many square microns."""
+    return f"{um2 / 1e6:,.2f} mm²" if um2 >= 1e4 else f"{um2:,.0f} µm²"
+
+
+def _answer(case: Case) -> str:
+    label = case.call["label"]
+    if label is None:
+        return "No tissue was found on this slide, so the model saw none of it."
+    share, calibrated = case.call["probability"], case.call["calibrated"]
+    how = "calibrated on the run's validation tiles" if calibrated else "not calibrated"
+    if not case.lesions:
+        return (
+            f"No lesion was outlined. Most tiles look {label}; its ten likeliest have a mean probability of "
+            f"{share:.2f} ({how})."
+        )
+    own = [lesion for lesion in case.lesions if lesion.label == label]
+    total = sum(lesion.area_um2 for lesion in own)
+    words = "one region" if len(own) == 1 else f"{len(own):,} regions"
+    return (
+        f"Called {label}: {words} of together {area(total)}; the ten likeliest tiles have a mean probability of "
+        f"{share:.2f} ({how})."
+    )
+
+
+def _cards(case: Case) -> list[tuple[str, str, str]]:
+    if case.call["label"] is None:
+        return [("Tiles", "0", "no tissue was found")]
+    label, largest = case.call["label"], case.lesions[0] if case.lesions else None
+    share = case.call["tile_share"][label]
+    mm2 = len(case.tiles) * ((case.grid.tile - case.grid.overlap) * case.grid.mpp / 1e3) ** 2
+    return [
+        ("Call", label, f"{100 * share:.1f} % of the tiles"),
+        ("Probability", f"{case.call['probability']:.2f}", "mean of the ten likeliest tiles"),
+        (
+            "Largest lesion",
+            area(largest.area_um2) if largest else "none",
+            f"{largest.label}, {largest.diameter_um / 1e3:.2f} mm across" if largest else "no outline is large enough",
+        ),
+        ("Looked at", f"{len(case.tiles):,} tiles", f"about {mm2:,.1f} mm² at {case.grid.mpp:g} µm per pixel"),
+    ]
+
+
+def _over(case: Case) -> Image.Image:
+    """The overlay at the thumbnail's size; its last pixels may reach beyond the slide."""
+    box = tuple(side / case.l0_pixel for side in case.slide.dimensions)
+    picture = Image.fromarray(case.overlay, "RGBA")
+    box = (min(box[0], picture.width), min(box[1], picture.height))
+    return picture.resize(case.thumbnail.size, Image.Resampling.BILINEAR, box=(0, 0, *box))
+
+
+def _outlines(case: Case) -> list[dict[str, Any]]:
+    """Paths in level-0 pixels, no finer than the thumbnail shows."""
+    shapely = require("shapely", "slides")
+    fine = case.slide.dimensions[0] / case.thumbnail.width / 2
+    drawn = []
+    for number, lesion in enumerate(case.lesions[:_DRAWN_LESIONS], 1):
+        shape = shapely.simplify(lesion.polygon, fine)
+        rings = [ring for part in getattr(shape, "geoms", [shape]) for ring in (part.exterior, *part.interiors)]
+        path = " ".join("M" + "L".join(f"{x:.0f} {y:.0f}" for x, y in ring.coords[:-1]) + "Z" for ring in rings)
+        drawn.append({"path": path, "color": _hex(case.colors[lesion.label]), "title": f"{number}: {lesion.label}"})
+    return drawn
+
+
+def _lesion_rows(case: Case) -> list[list[str]]:
+    return [
+        [
+            str(number),
+            lesion.label,
+            area(lesion.area_um2),
+            f"{lesion.diameter_um:,.0f}",
+            f"{lesion.perimeter_um:,.0f}",
+            f"{lesion.probability:.2f}",
+            f"{lesion.peak_probability:.2f}",
+            f"{lesion.peak[0]:.0f}, {lesion.peak[1]:.0f}",
+        ]
+        for number, lesion in enumerate(case.lesions[:_SHOWN_LESIONS], 1)
+    ]
+
+
+def _class_rows(case: Case) -> list[list[str]]:
+    if case.call["label"] is None:
+        return []
+    areas = case.call["lesion_area_um2"]
+    return [
+        [name, f"{100 * case.call['tile_share'][name]:.1f} %", area(areas[name]) if name in areas else "–"]
+        for name in case.classes
+    ]
+
+
+def _judged_rows(case: Case) -> list[list[str]]:
+    if case.judged is None:
+        return []
+    each = {"all lesions": case.judged, **case.judged["classes"]}
+    return [[name, *(_share(found[metric]) for metric in ("iou", "dice"))] for name, found in each.items()]
+
+
+def _segmented_rows(case: Case) -> list[list[str]]:
+    return [] if case.segmented is None else [[name, area(um2)] for name, um2 in case.segmented["area_um2"].items()]
+
+
+def _telling(case: Case) -> list[dict[str, str]]:
+    """The tiles on which the call rests, with where the network looked if it says so."""
+    evidence = case.call.get("evidence", [])
+    if not evidence:
+        return []
+    pixels = [case.grid.read(case.slide, tile["x"], tile["y"]) for tile in evidence]
+    images = np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+    maps = attention_maps(case.model, images)
+    shown = []
+    for number, (tile, image) in enumerate(zip(evidence, pixels)):
+        said = {
+            "data": _embedded(_small(Image.fromarray(image)), "JPEG"),
+            "caption": f"{tile['probability']:.3f} at {tile['x']}, {tile['y']}",
+            "attention": "",
+        }
+        if maps is not None:
+            # What the network looks at stays as it is, the rest fades.
+            light = 255 - (255 - image) * (0.15 + 0.85 * maps[number][..., None])
+            said["attention"] = _embedded(_small(Image.fromarray(np.asarray(np.rint(light), np.uint8))), "JPEG")
+        shown.append(said)
+    return shown
+
+
+def _small(picture: Image.Image) -> Image.Image:
+    return picture.resize((_TILE_PX, _TILE_PX), Image.Resampling.BILINEAR, reducing_gap=3.0)
+
+
+def _embedded(picture: Image.Image, kind: str) -> str:
+    with io.BytesIO() as file:
+        picture.save(file, kind, **({"quality": _QUALITY} if kind == "JPEG" else {}))
+        return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _hex(color: Color) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def _share(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.3f}"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

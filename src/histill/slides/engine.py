@@ -1,0 +1,145 @@
+"""A model as it looks at tiles: probabilities, and where asked and known exits, features and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import softmax
+
+from histill.deploy.deliver import open_any
+from histill.deploy.predictor import Leaving, Pixels, Predictor, TorchPredictor
+from histill.errors import BadInput
+from histill.files import digest, file_digest
+from histill.machine import computes_bf16
+from histill.run import Run
+
+__all__ = ["Model", "load_model"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A predictor and what is known of it.
+
+    Attributes:
+        predictor: images to probabilities.
+        name: of its file or folder.
+        digest: of its weights and its card.
+        mpp: microns per pixel at which it was trained, None for plain images.
+        bf16: whether it computes in bfloat16, with channels last.
+        temperature: that calibrates its tiles, fitted on the run's validation images; None where there is none.
+        positive: the run's positive class.
+        about: what is said of it on the page.
+    """
+
+    predictor: Predictor
+    name: str
+    digest: str
+    mpp: float | None = None
+    bf16: bool = False
+    temperature: float | None = None
+    positive: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, in the order of the columns."""
+        return self.predictor.classes
+
+    def look(self, images: Pixels, *, features: bool = False) -> dict[str, NDArray[Any]]:
+        """``(B, 3, H, W)`` in [0, 1] -> ``probabilities (B, C)`` float32, ``exits (B,)`` where images leave early.
+
+        With ``features`` also ``features (B, D)``, the network's ``pooled`` output.
+
+        Raises:
+            BadInput: features of what is no run, or of a network without them.
+        """
+        if isinstance(self.predictor, Leaving) and not features:
+            probabilities, exits = self.predictor.leave(images)
+            return {"probabilities": probabilities.astype(np.float32), "exits": exits.astype(np.uint8)}
+        if not (features or self.bf16):
+            return {"probabilities": self.predictor(images).astype(np.float32)}
+        outputs = self.outputs(images)
+        found = {"probabilities": softmax(outputs["logits"], axis=1)}
+        if features:
+            if "pooled" not in outputs:
+                raise BadInput(f"{self.name}: its network gives no features (an output named pooled)")
+            found["features"] = outputs["pooled"].reshape(len(images), -1)
+        return found
+
+    def outputs(self, images: Pixels) -> dict[str, NDArray[np.float32]]:
+        """Everything that a run's network says of images, by name."""
+        if not isinstance(self.predictor, TorchPredictor):
+            raise BadInput(f"{self.name}: features and attention need a run; an exported file gives logits alone")
+        network = self.predictor.network
+        device = next((weight.device for weight in network.parameters()), torch.device("cpu"))
+        tensor = torch.from_numpy(images).to(device)
+        if self.bf16:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        precise = torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        with torch.inference_mode(), precise:
+            said = network(tensor)
+        return {name: value.float().cpu().numpy() for name, value in said.items() if torch.is_tensor(value)}
+
+
+def load_model(path: str | Path, *, device: str = "auto", precision: str = "auto", code: Path | None = None) -> Model:
+    """Open a run, an ``.onnx`` or TorchScript file, or a folder of exit segments, for slides.
+
+    Args:
+        path: what is opened.
+        device: where a run computes.
+        precision: ``auto`` (bf16 for a run where the machine computes it), ``32-true`` or ``bf16``.
+        code: the Python file of a network that is not Histill's.
+
+    Raises:
+        BadInput: no model there, or ``bf16`` of an exported file.
+    """
+    path = Path(path)
+    if precision not in ("auto", "32-true", "bf16"):
+        raise BadInput(f"--precision {precision}: one of auto, 32-true, bf16")
+    predictor = open_any(path, device=device, code=code)
+    if not isinstance(predictor, TorchPredictor):
+        if precision == "bf16":
+            raise BadInput(f"{path}: an exported file computes in its own precision; --precision bf16 is for runs")
+        return Model(predictor, path.name, _digest(path), mpp=predictor.mpp, about={"kind": type(predictor).__name__})
+    kind = next((weight.device.type for weight in predictor.network.parameters()), "cpu")
+    bf16 = precision == "bf16" or (precision == "auto" and computes_bf16(kind))
+    if bf16:
+        predictor.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run = Run.open(path, code=code)
+    metrics = run.metrics if (path / "metrics.json").is_file() else {}
+    temperature = metrics.get("temperature")
+    return Model(
+        predictor,
+        path.resolve().name,
+        _digest(path),
+        mpp=_trained_mpp(run.info, predictor.mpp),
+        bf16=bf16,
+        temperature=float(temperature) if isinstance(temperature, (int, float)) and temperature > 0 else None,
+        positive=run.info.get("positive"),
+        about={"kind": "run", "recipe": (run.info.get("recipe") or {}).get("name"), "commit": run.info.get("commit")},
+    )
+
+
+def _trained_mpp(info: Mapping[str, Any], otherwise: float | None) -> float | None:
+    arguments = (info.get("recipe") or {}).get("arguments") or {}
+    for said in (info.get("mpp"), (info.get("data") or {}).get("mpp"), arguments.get("mpp")):
+        if isinstance(said, (int, float)) and said > 0:
+            return float(said)
+    return otherwise
+
+
+def _digest(path: Path) -> str:
+    """Of the weights and the classes; a run's times do not matter."""
+    if path.is_file():
+        return file_digest(path)
+    if (path / "exits.json").is_file():
+        return file_digest(path / "exits.json")
+    run = Run.open(path)
+    return digest([file_digest(path / "model.safetensors"), run.info["network"], list(run.classes), run.image_size])

@@ -1,0 +1,233 @@
+"""Outlines by a U-Net per class: each tile goes to the U-Net of the class that it was taken for (MAC-ResNet, 1.5).
+
+Where tiles overlap, what they say is averaged: a pixel's score for a class is the mean over the tiles that cover it,
+with 0 from those of another class. So classification and segmentation have to agree before a pixel is marked.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit, softmax
+
+from histill.deploy.deliver import open_any
+from histill.deploy.predictor import Pixels, Predictor, one_line
+from histill.errors import BadInput
+from histill.models.mac_resnet import attention_mask
+from histill.slides.engine import Model
+from histill.slides.grid import Grid
+from histill.slides.heatmap import write_ome_tiff
+from histill.slides.slide import Slide
+
+__all__ = ["Segmentation", "attention_maps", "feature_maps", "open_segmenters", "segment"]
+
+_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """A mask over a slide.
+
+    Attributes:
+        labels: ``(H, W)`` uint8, 0 for nothing, k for the k-th class; mapped from a file.
+        classes: of the classifier.
+        segmented: those that have a U-Net.
+        l0_pixel: level-0 pixels that a pixel is wide.
+        mpp: microns that it is wide.
+    """
+
+    labels: NDArray[np.uint8]
+    classes: tuple[str, ...]
+    segmented: tuple[str, ...]
+    l0_pixel: float
+    mpp: float
+
+    def summary(self) -> dict[str, Any]:
+        """Area of each class, and the resolution."""
+        counts = np.zeros(256, np.int64)
+        for top in range(0, len(self.labels), 1024):
+            counts += np.bincount(self.labels[top : top + 1024].ravel(), minlength=256)
+        area = {name: float(counts[self.classes.index(name) + 1]) * self.mpp**2 for name in self.segmented}
+        return {"area_um2": area, "mpp": self.mpp, "l0_pixel": self.l0_pixel}
+
+    def write(self, path: Path) -> Path:
+        """As OME-TIFF; coarser levels take every second pixel, as labels have no mean."""
+        return write_ome_tiff(path, self.labels[None], names=["class"], mpp=self.mpp, labels=True)
+
+
+def open_segmenters(paths: Mapping[str, Path], classes: Sequence[str], *, device: str = "auto") -> dict[str, Predictor]:
+    """The U-Net of each class.
+
+    Args:
+        paths: by class, a run, an ``.onnx`` or a TorchScript file with logits ``(B, K, H, W)``.
+        classes: of the classifier.
+        device: where runs compute.
+
+    Raises:
+        BadInput: a name that is no class, or no model there.
+    """
+    if unknown := [name for name in paths if name not in classes]:
+        raise BadInput(f"--segment {unknown[0]}: the classifier's classes are {', '.join(classes)}")
+    return {name: open_any(path, device=device) for name, path in paths.items()}
+
+
+def segment(
+    slide: Slide,
+    tiles: pd.DataFrame,
+    grid: Grid,
+    segmenters: Mapping[str, Predictor],
+    *,
+    classes: Sequence[str],
+    scratch: Path | None = None,
+    batch_size: int = 32,
+    threads: int | None = None,
+) -> Segmentation:
+    """Send tiles to the U-Net of their class and stitch what they say, a row of tiles at a time.
+
+    Memory holds one row of tiles across the slide and the batches under way; the mask lies in a file.
+
+    Args:
+        slide: open.
+        tiles: ``x y prob_<class>``.
+        grid: that made them.
+        segmenters: by class.
+        classes: of the classifier.
+        scratch: a folder for the mask's file (default: memory).
+        batch_size: tiles at once.
+        threads: readers.
+
+    Raises:
+        BadInput: a model that does not outline.
+    """
+    plan = grid.plan(slide)
+    pixel, tile = plan.l0_span / grid.tile, grid.tile
+    width, height = (max(1, math.ceil(side / pixel)) for side in slide.dimensions)
+    names = [name for name in classes if name in segmenters]
+    values = np.array([classes.index(name) + 1 for name in names], np.uint8)
+    labels = (
+        np.zeros((height, width), np.uint8)
+        if scratch is None
+        else np.memmap(scratch / "mask.map", np.uint8, "w+", shape=(height, width))
+    )
+    said = tiles[[f"prob_{name}" for name in classes]].to_numpy().argmax(1)
+    # Pixels of the mask; a tile may begin a fraction of one off, and lies where its corner is nearest.
+    lefts, tops = (np.rint(tiles[axis].to_numpy() / pixel).astype(np.int64) for axis in ("x", "y"))
+    top = 0
+    total, weight = np.zeros((len(names), 0, width), np.float32), np.zeros((0, width), np.float32)
+
+    def settle(until: int) -> None:
+        """Decide the rows before ``until``, which no later tile touches."""
+        nonlocal top, total, weight
+        count = min(until - top, len(weight))
+        if count > 0 and len(names):
+            score = total[:, :count] / np.maximum(weight[:count], 1e-9)
+            best = score.argmax(0)
+            sure = np.take_along_axis(score, best[None], 0)[0] >= _THRESHOLD
+            rows = slice(top, min(top + count, height))
+            labels[rows] = np.where(sure, values[best], 0)[: max(0, rows.stop - top)]
+        total, weight = total[:, max(count, 0) :], weight[max(count, 0) :]
+        top = max(top, until)
+
+    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        for rows, images, name in _routed(pool, slide, grid, tiles, tops, said, classes, segmenters, batch_size):
+            settle(int(tops[rows[0]]))
+            if (missing := int(tops[rows].max()) + tile - top - len(weight)) > 0:
+                total = np.concatenate([total, np.zeros((len(names), missing, width), np.float32)], axis=1)
+                weight = np.concatenate([weight, np.zeros((missing, width), np.float32)])
+            found = None if images is None else _foreground(segmenters[name], images, name)
+            for number, row in enumerate(rows):
+                left, right = max(0, int(lefts[row])), min(width, int(lefts[row]) + tile)
+                down, across = slice(int(tops[row]) - top, int(tops[row]) - top + tile), slice(left, right)
+                weight[down, across] += 1
+                if found is not None:
+                    part = found[number][:, left - int(lefts[row]) : right - int(lefts[row])]
+                    total[names.index(name), down, across] += part
+    settle(height)
+    return Segmentation(labels, tuple(classes), tuple(names), pixel, slide.require_mpp() * pixel)
+
+
+def _routed(
+    pool: ThreadPoolExecutor,
+    slide: Slide,
+    grid: Grid,
+    tiles: pd.DataFrame,
+    tops: NDArray[np.int64],
+    said: NDArray[np.int64],
+    classes: Sequence[str],
+    segmenters: Mapping[str, Predictor],
+    batch_size: int,
+) -> Iterator[tuple[NDArray[np.int64], Pixels | None, str]]:
+    """Rows of tiles of one class in one line of the grid, and their pixels where that class has a U-Net."""
+    xs, ys = tiles["x"].to_numpy(), tiles["y"].to_numpy()
+
+    def read(rows: NDArray[np.int64]) -> Pixels:
+        pixels = np.stack([grid.read(slide, int(xs[row]), int(ys[row])) for row in rows])
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), np.float32) / np.float32(255)
+
+    waiting: deque[tuple[NDArray[np.int64], Future[Pixels] | None, str]] = deque()
+    for line in np.unique(tops):
+        for number, name in enumerate(classes):
+            rows = np.flatnonzero((tops == line) & (said == number))
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                waiting.append((part, pool.submit(read, part) if name in segmenters else None, name))
+                while len(waiting) > 4:
+                    part, reading, its = waiting.popleft()
+                    yield part, None if reading is None else reading.result(), its
+    for part, reading, its in waiting:
+        yield part, None if reading is None else reading.result(), its
+
+
+def _foreground(predictor: Predictor, images: Pixels, name: str) -> Pixels:
+    """``(B, 3, H, W)`` -> the probability ``(B, H, W)`` of what the U-Net outlines.
+
+    Of one channel its sigmoid; of several the channel of that name, else the last.
+    """
+    try:
+        logits = predictor.logits(images)
+    except Exception as error:  # noqa: BLE001 - each runtime has errors of its own
+        raise BadInput(
+            f"the model of --segment {name} does not take tiles of {images.shape[-1]} ({one_line(error)})"
+        ) from None
+    if logits.ndim != 4 or logits.shape[2:] != images.shape[2:]:
+        raise BadInput(
+            f"the model of --segment {name} gives {logits.shape}, not an outline of {images.shape[-1]} pixels"
+        )
+    if logits.shape[1] == 1:
+        return np.asarray(expit(logits[:, 0]), np.float32)
+    channel = predictor.classes.index(name) if name in predictor.classes else logits.shape[1] - 1
+    return np.asarray(softmax(logits, axis=1)[:, channel], np.float32)
+
+
+def attention_maps(model: Model, images: Pixels) -> NDArray[np.float32] | None:
+    """Where a run's network looks, ``(B, H, W)`` in [0, 1]: the mean of its attention maps; None where it has none."""
+    attention = _maps(model, images, "attention")
+    if attention is None:
+        return None
+    return attention_mask(torch.from_numpy(attention).mean(1), images.shape[-2:])[0].numpy()
+
+
+def feature_maps(model: Model, images: Pixels, name: str) -> NDArray[np.float32] | None:
+    """How strongly a named output answers, ``(B, H, W)`` in [0, 1]: the mean of its channels' magnitudes."""
+    features = _maps(model, images, name)
+    if features is None:
+        return None
+    return attention_mask(torch.from_numpy(features).abs().mean(1), images.shape[-2:])[0].numpy()
+
+
+def _maps(model: Model, images: Pixels, name: str) -> NDArray[np.float32] | None:
+    if not hasattr(model.predictor, "network"):
+        return None
+    found = model.outputs(images).get(name)
+    return None if found is None or found.ndim != 4 else found
