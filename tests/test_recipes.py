@@ -15,7 +15,7 @@ from tiny import no_page, table
 
 import histill as hs
 from histill import cli
-from histill.experiment import Experiment, recipes
+from histill.experiment import Experiment, parts, recipes
 from histill.flags import described
 
 TINY: dict[str, dict[str, Any]] = {
@@ -46,8 +46,27 @@ def module(name: str) -> Any:
     return importlib.import_module(f"histill.recipes.{name.replace('-', '_')}")
 
 
+PRETRAINING = {
+    "baselines": ("pretrain", "supervised"),
+    "foundation": ("pretrain", "finetune"),
+    "rckd": ("teacher", "pretrain", "finetune"),
+}
+"""Recipes whose teacher does another task, and their parts."""
+
+
 def test_every_recipe_is_here() -> None:
-    assert sorted(TINY) == recipes()
+    assert sorted([*TINY, *PRETRAINING]) == recipes()
+    assert {name: tuple(parts(module(name))) for name in PRETRAINING} == PRETRAINING
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_every_argument_of_pretraining_is_described_and_has_the_shared_names(name: str) -> None:
+    for part in PRETRAINING[name]:
+        function = getattr(module(name), part)
+        taken = set(inspect.signature(function).parameters)
+        assert taken - {"data", "unlabelled"} <= set(described(function)), (name, part)
+        assert {"weights", "image_size", "epochs", "batch_size", "lr", "seed", "strict"} <= taken, (name, part)
+        assert ("data" in taken) != ("unlabelled" in taken), (name, part)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import pickle
@@ -11,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +28,15 @@ from histill.evaluate import labels
 from histill.evaluate.task import task_of
 from histill.experiment import Experiment
 from histill.files import atomic, cache_dir, digest, locked, read_json, sweep, write_json, writing
+from histill.learner import Average, Learner, freeze
 from histill.machine import launch, logged
 from histill.progress import Bar, notice, progress
 from histill.record import check_finished, check_same, describe, record
 from histill.run import Run, without_weights
 from histill.teachers import Cached, Keyed
-from histill.types import Batch, Outputs, Teacher, Terms, total
+from histill.types import Outputs, Teacher, total
 
 __all__ = ["train"]
-
-
-class Learner(nn.Module):
-    """Whatever trains, behind one forward: the student, and the objective where it has weights of its own."""
-
-    def __init__(self, student: nn.Module, experiment: Experiment) -> None:
-        super().__init__()
-        self.student = student
-        self.objective = copy.deepcopy(experiment.objective)
-        self.inputs = experiment.inputs
-
-    def forward(self, batch: Batch, teacher: Outputs) -> Terms:
-        shown = batch.images if self.inputs is None else self.inputs(batch, teacher)
-        return self.objective(Outputs(self.student(shown)), teacher, batch)
 
 
 @dataclass
@@ -148,7 +133,7 @@ def _train(
     student = experiment.student().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     freeze(student, experiment.frozen)
     learner = Learner(student, experiment)
-    average = _Average(student, experiment.ema, fabric.device) if experiment.ema else None
+    average = Average(student, experiment.ema, fabric.device) if experiment.ema else None
     optimizer = experiment.optimizer([p for p in learner.parameters() if p.requires_grad])
     rates = [group["lr"] for group in optimizer.param_groups]
     forward, optimizer = fabric.setup(torch.compile(learner) if compile else learner, optimizer)
@@ -231,16 +216,6 @@ def _train(
         _finish(experiment, out, info, state, judged, best, packed, rows, fabric)
         if not keep_checkpoint:
             checkpoint.unlink(missing_ok=True)
-
-
-def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
-    """Leave the parameters whose names fit a pattern as they are; `BadInput` where a pattern fits none."""
-    for pattern in patterns:
-        found = [p for name, p in network.named_parameters() if fnmatchcase(name, pattern)]
-        if not found:
-            raise BadInput(f"frozen: {type(network).__name__} has no parameter named {pattern}")
-        for parameter in found:
-            parameter.requires_grad_(False)
 
 
 def _load(checkpoint: Path, device: torch.device) -> dict[str, Any] | None:
@@ -423,23 +398,6 @@ def _teacher(experiment: Experiment, packed: Packed, device: torch.device) -> Te
     folder = cache_dir("teachers", key) if experiment.cache is True else Path(experiment.cache)
     folder.mkdir(parents=True, exist_ok=True)
     return Cached(teacher, folder, images=images, views=views, identity=identity, outputs=outputs)
-
-
-class _Average:
-    """Exponential moving average of weights and buffers; the decay starts low to forget the first ones."""
-
-    def __init__(self, student: nn.Module, decay: float, device: torch.device) -> None:
-        self.decay = decay
-        self.network = copy.deepcopy(student).requires_grad_(False).to(device)
-
-    @torch.no_grad()
-    def update(self, student: nn.Module, step: int) -> None:
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        for mean, value in zip(self.network.state_dict().values(), student.state_dict().values()):
-            if mean.is_floating_point():
-                mean.lerp_(value, weight)
-            else:
-                mean.copy_(value)
 
 
 def _write_log(state: State, out: Path) -> None:

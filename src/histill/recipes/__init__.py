@@ -5,7 +5,17 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["dsnet", "foundation", "kd_convnext", "mac_resnet", "methods", "multi_exit"]
+__all__ = [
+    "baselines",
+    "dsnet",
+    "foundation",
+    "foundation",
+    "kd_convnext",
+    "mac_resnet",
+    "methods",
+    "multi_exit",
+    "rckd",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

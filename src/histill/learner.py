@@ -1,0 +1,60 @@
+"""What trains, behind one forward, and what goes along with it: frozen parameters, an average of the weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from histill.errors import BadInput
+from histill.experiment import Experiment
+from histill.types import Batch, Outputs, Terms
+
+__all__ = ["Average", "Learner", "freeze"]
+
+
+class Learner(nn.Module):
+    """Whatever trains, behind one forward: the student, and the objective where it has weights of its own."""
+
+    def __init__(self, student: nn.Module, experiment: Experiment) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = copy.deepcopy(experiment.objective)
+        self.inputs = experiment.inputs
+        follow = getattr(self.objective, "follow", None)
+        if follow is not None:  # a momentum encoder starts as the student and moves after it
+            follow(student)
+
+    def forward(self, batch: Batch, teacher: Outputs) -> Terms:
+        shown = batch.images if self.inputs is None else self.inputs(batch, teacher)
+        return self.objective(Outputs(self.student(shown)), teacher, batch)
+
+
+def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Leave the parameters whose names fit a pattern as they are; `BadInput` where a pattern fits none."""
+    for pattern in patterns:
+        found = [p for name, p in network.named_parameters() if fnmatchcase(name, pattern)]
+        if not found:
+            raise BadInput(f"frozen: {type(network).__name__} has no parameter named {pattern}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+
+
+class Average:
+    """Exponential moving average of weights and buffers; the decay starts low to forget the first ones."""
+
+    def __init__(self, student: nn.Module, decay: float, device: torch.device) -> None:
+        self.decay = decay
+        self.network = copy.deepcopy(student).requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, step: int) -> None:
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        for mean, value in zip(self.network.state_dict().values(), student.state_dict().values()):
+            if mean.is_floating_point():
+                mean.lerp_(value, weight)
+            else:
+                mean.copy_(value)
