@@ -57,12 +57,12 @@ class Browser:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._socket.close()
-        self._process.terminate()
         try:
+            self.send("Browser.close")  # so that it takes its temporary files away
             self._process.wait(10)
-        except subprocess.TimeoutExpired:
+        except (AssertionError, TimeoutError, subprocess.TimeoutExpired):
             self._process.kill()
+        self._socket.close()
         self._loop.close()
 
     async def _connect(self, profile: Path) -> WebSocketClientConnection:

@@ -227,10 +227,7 @@ export class Plane {
     for (const tell of this.moved) tell(held);
   }
 
-  get widest() {
-    const [width, height] = this.frame;
-    return Math.max(this.size[0] / width, this.size[1] / height) * 2;
-  }
+  get widest() { return this.whole * 2; }
 
   /** The slide stays in sight, and its pixels below an eighth of an inch. */
   _held({x, y, scale}) {
@@ -297,17 +294,22 @@ export class Plane {
     this.fly({x: x + across * width * scale, y: y + down * height * scale, scale}, 160);
   }
 
-  fit(smooth = true) {
+  /** What a pixel of the page is wide where the whole slide is in sight. */
+  get whole() {
     const [width, height] = this.frame;
-    const scale = Math.max(this.size[0] / width, this.size[1] / height) * 1.04;
-    const whole = {x: this.size[0] / 2, y: this.size[1] / 2, scale};
-    if (smooth) this.fly(whole); else this.camera = whole;
+    return Math.max(this.size[0] / width, this.size[1] / height) * 1.04;
+  }
+
+  fit(smooth = true) {
+    const all = {x: this.size[0] / 2, y: this.size[1] / 2, scale: this.whole};
+    if (smooth) this.fly(all); else this.camera = all;
   }
 
   /** Fly to a box of level-0 pixels and leave some room around it. */
   frameBox([x0, y0, x1, y1], room = 1.8) {
     const [width, height] = this.frame;
-    this.fly({x: (x0 + x1) / 2, y: (y0 + y1) / 2, scale: Math.max((x1 - x0) / width, (y1 - y0) / height, .25) * room});
+    const scale = Math.min(this.whole, Math.max((x1 - x0) / width, (y1 - y0) / height, .25) * room);
+    this.fly({x: (x0 + x1) / 2, y: (y0 + y1) / 2, scale});
   }
 
   /** The path that zooms out and in again so that what is seen moves evenly (van Wijk and Nuij, 2003). */

@@ -110,7 +110,9 @@ class Page {
     const groups = Map.groupBy ? Map.groupBy(this.slide.layers, (layer) => layer.group) : this.slide.layers.reduce(
       (map, layer) => map.set(layer.group, [...(map.get(layer.group) ?? []), layer]), new Map());
     for (const [group, layers] of groups) {
-      const box = make("fieldset", {}, make("legend", {textContent: group}));
+      // Those of one model are open; those of another wait until they are asked for.
+      const open = layers.length === 1 || layers.some((layer) => layer.shown);
+      const box = make("details", {open}, make("summary", {textContent: group}));
       for (const layer of layers) {
         const input = make("input", {type: "checkbox", checked: this.shown.has(layer)});
         input.dataset.layer = layer.name;
