@@ -37,7 +37,7 @@ __all__ = ["finetune", "pretrain", "teacher"]
 NUCLEI = Augment(hflip=True, vflip=True, rotate=180, zoom=0.2, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
 """Any direction, a fifth larger or smaller, another stain: heavy, as that of the released H&E model."""
 
-PATCH = Augment(hflip=True, vflip=True, brightness=0.1, contrast=0.1, saturation=0.1, hue=0.05)
+PATCH = Augment(hflip=True, vflip=True, rotate=180, zoom=0.5, brightness=0.1, contrast=0.1, saturation=0.1, hue=0.05)
 TISSUE = Augment(hflip=True, vflip=True, rotate=180, zoom=0.1, brightness=0.1, contrast=0.1, saturation=0.1, hue=0.05)
 
 

@@ -171,6 +171,7 @@ def study(
     others: Sequence[Path] = (),
     labelled: Path | None = None,
     tables: Sequence[Tables] = ("3", "4", "5", "6", "search"),
+    methods: Sequence[str] = tuple(METHODS),
     labels: int | None = None,
     image_size: int = 384,
     epochs: int = 200,
@@ -206,6 +207,7 @@ def study(
         others: further sets, each a folder or a manifest, with labels or masks; split in the same shares.
         labelled: another labelled folder or manifest, for supervised pretraining; without it those rows are left out.
         tables: 3, 4, 5, 6 (SAT, on the labelled folder), search (Figure 5).
+        methods: which pretrainings, of random, barlow-twins, moco, simclr, mae, supervised and rckd.
         labels: how many training images of each set are used (none: all).
         image_size: height and width in pixels of fine-tuning.
         epochs: of fine-tuning, at most.
@@ -238,6 +240,8 @@ def study(
         raise BadInput("the rckd study needs patches and a segmenter: --unlabelled FOLDER --teacher RUN (rckd.teacher)")
     if seeds < 1:
         raise BadInput(f"--seeds {seeds}: at least 1")
+    if unknown := [m for m in methods if m not in METHODS]:
+        raise BadInput(f"--methods {' '.join(unknown)}: of {', '.join(METHODS)}")
     shares: dict[str, Any] = {part: len(data.rows(part)) / len(data) for part in ("val", "test")}
     sets = {data.root.name: data}
     for path in others:
@@ -264,7 +268,7 @@ def study(
         labels=labels,
         redraw=splits == "new",
     )
-    rows = [pair for table in ("3", "4", "5") if table in tables for pair in ROWS[table][1]]
+    rows = [pair for table in ("3", "4", "5") if table in tables for pair in ROWS[table][1] if pair[0] in methods]
     for method, network in dict.fromkeys(rows):
         work.row(method, network)
     search = _search(work, sizes, rates) if "search" in tables else {}
@@ -341,6 +345,8 @@ def _table(work: _Work, table: str, summary: dict[str, Any]) -> Table:
     heading, pairs = ROWS[table]
     cells: list[list[object]] = []
     for method, network in pairs:
+        if not any(f"{method}-{network}-{name}" in summary["rows"] for name in work.sets):
+            continue  # it was not asked for, or left out
         own: list[object] = []
         for name, data in work.sets.items():
             row, metric = f"{method}-{network}-{name}", _metric(data)
