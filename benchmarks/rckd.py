@@ -3,9 +3,9 @@
     python benchmarks/rckd.py DATA OUT
 
 DATA holds ``dsb2018_he`` (nuclei with instance masks), ``nuinsseg_unlabelled`` (patches), and the sets that the student
-is judged on: ``lc25000`` (five classes of lung and colon), ``oral_oscc`` (two), ``ebhi_glands`` (glands, masks), each with a
-``labels.csv`` (file, label, split, group, mask). The segmenter is trained first (its test figures go into the summary),
-then `histill study rckd` runs. Results go to benchmarks/results/rckd.json and rckd.txt, the figures into rckd/.
+is judged on: ``lc25000`` (five classes of lung and colon), ``oral_oscc`` (two), ``ebhi_glands`` (glands, masks), each
+with a ``labels.csv`` (file, label, split, group, mask). The segmenter is trained first (its test figures go into the
+summary), then `histill study rckd` runs. Results go to benchmarks/results/rckd.json and rckd.txt, the figures into rckd/.
 
 Every setting was fixed before any test figure was seen; what was tried is in benchmarks/LOG.md.
 """

@@ -9,7 +9,6 @@ __all__ = [
     "baselines",
     "dsnet",
     "foundation",
-    "foundation",
     "kd_convnext",
     "mac_resnet",
     "methods",
