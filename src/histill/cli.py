@@ -183,6 +183,90 @@ def predict(
 
 
 @app.command
+def slide(
+    model: Path,
+    *slides: Path,
+    out: Path,
+    mpp: float | None = None,
+    slide_mpp: float | None = None,
+    tile: int | None = None,
+    overlap: int = 0,
+    min_tissue: float = 0.1,
+    batch_size: Count = 32,
+    threads: Count | None = None,
+    mask: Path | None = None,
+    truth: Path | None = None,
+    lesions: list[str] | None = None,
+    threshold: float | None = None,
+    min_area_um2: float | None = None,
+    coarse_to_fine: float | None = None,
+    coarse_factor: float = 2.0,
+    features: bool = False,
+    segment: list[str] | None = None,
+    device: str = "auto",
+    precision: Literal["auto", "32-true", "bf16"] = "auto",
+    code: Path | None = None,
+    resume: bool = True,
+) -> None:
+    """Tiles, heatmap, lesions, GeoJSON and a page of whole slides; goes on where it stopped.
+
+    Args:
+        model: a run, an .onnx or a TorchScript file, or the folder of an export with early exit.
+        slides: files that OpenSlide reads, OME-TIFF, or plain images.
+        out: a folder; each slide gets one in it, and summary.json lies beside them.
+        mpp: microns per pixel at which the model looks (default: what it was trained at).
+        slide_mpp: those of the slides' finest level, where their files do not say.
+        tile: side of a tile in pixels at --mpp (default: the model's image size).
+        overlap: pixels at --mpp that a tile shares with the next.
+        min_tissue: share of a tile that must be tissue.
+        batch_size: tiles at once.
+        threads: readers (default: the machine's cores, 8 at most).
+        mask: where to look: GeoJSON, an image over the slide, or a folder of them named like the slides.
+        truth: reference masks in the same ways, for IoU, Dice and lesion FROC.
+        lesions: the classes that are lesions (default: the positive class, else all that do not sound healthy).
+        threshold: of a lesion's probability (default: above every other class).
+        min_area_um2: smaller lesions and holes are left out (default: a quarter of a tile).
+        coarse_to_fine: a confidence, such as 0.95, at which the answer for a wider tile stands for all in it.
+        coarse_factor: how many times as wide.
+        features: also features.h5, as CLAM reads it.
+        segment: CLASS=MODEL, the network that outlines what was taken for that class.
+        device: where a run computes: auto, cpu, cuda or mps; exported files compute on the CPU.
+        precision: of a run: auto is bf16 where the machine computes it.
+        code: the Python file of a network that is not Histill's.
+        resume: go on with what an earlier call left; --no-resume starts anew.
+    """
+    from histill.slides.options import by_class
+    from histill.slides.predict import predict_slides, summary_lines
+
+    summary = predict_slides(
+        model,
+        slides,
+        out,
+        device=device,
+        precision=precision,
+        code=code,
+        mpp=mpp,
+        slide_mpp=slide_mpp,
+        tile=tile,
+        overlap=overlap,
+        min_tissue=min_tissue,
+        batch_size=batch_size,
+        threads=threads,
+        mask=mask,
+        truth=truth,
+        lesions=tuple(lesions or ()),
+        threshold=threshold,
+        min_area_um2=min_area_um2,
+        coarse_to_fine=coarse_to_fine,
+        coarse_factor=coarse_factor,
+        features=features,
+        segment=by_class(segment or []),
+        resume=resume,
+    )
+    _print(summary_lines(summary, out))
+
+
+@app.command
 def export(
     run: Path,
     *,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from histill.errors import BadInput
 
-__all__ = ["Options", "beside"]
+__all__ = ["Options", "beside", "by_class"]
 
 
 @dataclass(frozen=True)
@@ -76,4 +76,15 @@ def beside(path: Path | None, slide: Path, what: str) -> Path | None:
     found = next((Path(path) / name for name in names if (Path(path) / name).is_file()), None)
     if found is None:
         raise BadInput(f"--{what} {path}: no such file, nor a folder with {names[0]} or {names[3]}")
+    return found
+
+
+def by_class(pairs: Sequence[str]) -> dict[str, Path]:
+    """``CLASS=FILE`` as a dictionary; `BadInput` where it is not."""
+    found = {}
+    for pair in pairs:
+        label, equals, path = pair.partition("=")
+        if not (label and equals and path):
+            raise BadInput(f"--segment {pair}: give CLASS=MODEL, such as tumour=unet.pt")
+        found[label] = Path(path)
     return found

@@ -36,7 +36,7 @@ from histill.slides.slide import Slide, open_slide
 from histill.slides.state import State, key_of
 from histill.slides.tissue import Tissue, find_tissue
 
-__all__ = ["predict_slide", "predict_slides"]
+__all__ = ["predict_slide", "predict_slides", "summary_lines"]
 
 _CHUNK = 16  # batches
 _COARSE, _FINE = "coarse", "fine"
@@ -469,3 +469,20 @@ def _summary(jobs: Sequence[_Job], model: Model, seconds: float) -> dict[str, An
         scored = [([-np.inf if s is None else s for s in hit["lesions"]], hit["false_positives"]) for hit in hits]
         found["froc"] = froc(scored)
     return found
+
+
+def summary_lines(summary: Mapping[str, Any], out: str | Path) -> str:
+    """What ``summary.json`` holds, a line per slide, for people."""
+    lines = []
+    for stem, said in summary["slides"].items():
+        call, lesions = said["call"], said["lesions"]
+        if call["label"] is None:
+            lines.append(f"{stem}: no tissue")
+            continue
+        area = sum(lesions["area_um2"].values()) / 1e6
+        line = f"{stem}: {call['label']} ({call['probability']:.2f}), {lesions['count']} lesions of {area:.2f} mm2"
+        judged = said.get("agreement")
+        if judged and judged["dice"] is not None:
+            line += f", Dice {judged['dice']:.3f}"
+        lines.append(f"{line}: {Path(out) / stem / said['layers']['page']}")
+    return "\n".join(lines)
