@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from histill.errors import BadInput, require
 from histill.slides.slide import Slide
@@ -19,6 +19,7 @@ GEOJSON = (".geojson", ".json", ".geojson.gz", ".json.gz")
 MAX_MASK_PX = 1 << 30
 """Of a mask image; a byte each."""
 
+_BAND_PX = 1 << 20  # looked at in one go
 _ASPECT = 0.02  # by how much a mask's shape may differ from its slide's
 
 
@@ -28,24 +29,24 @@ def is_geojson(path: Path) -> bool:
 
 
 def paint(mask: NDArray[np.uint8], shapes: Iterable[Any], downsample: tuple[float, float], value: int = 1) -> None:
-    """Set to ``value`` what of ``mask`` lies in ``shapes``, shapely polygons in level-0 pixels, holes apart.
+    """Set to ``value`` the pixels of ``mask`` whose centres lie in ``shapes``, shapely polygons in level-0 pixels.
 
-    Each is drawn within its own bounding box, so that thousands of small ones cost what they cover.
+    Each is looked at within its own bounding box, so that thousands of small ones cost what they cover.
     """
     shapely = require("shapely", "slides")
-    scale = np.asarray(downsample)
+    across, down = downsample
     for polygon in shapely.get_parts(list(shapes)):
-        left, top, right, bottom = polygon.bounds / np.tile(scale, 2)
-        x0, y0 = max(0, int(left) - 1), max(0, int(top) - 1)
-        x1, y1 = min(mask.shape[1], int(right) + 2), min(mask.shape[0], int(bottom) + 2)
-        if x0 >= x1 or y0 >= y1:
+        left, top, right, bottom = polygon.bounds
+        x0, x1 = max(0, int(left / across)), min(mask.shape[1], int(right / across) + 1)
+        y0, y1 = max(0, int(top / down)), min(mask.shape[0], int(bottom / down) + 1)
+        if x0 >= x1:
             continue
-        picture = Image.new("1", (x1 - x0, y1 - y0))
-        draw = ImageDraw.Draw(picture)
-        for number, ring in enumerate((polygon.exterior, *polygon.interiors)):
-            points = np.asarray(ring.coords)[:, :2] / scale - (x0 + 0.5, y0 + 0.5)  # Pillow counts pixel centres
-            draw.polygon([(float(x), float(y)) for x, y in points], fill=int(number == 0))
-        mask[y0:y1, x0:x1][np.asarray(picture)] = value
+        shapely.prepare(polygon)
+        rows = max(1, _BAND_PX // (x1 - x0))
+        for first in range(y0, y1, rows):
+            x, y = np.meshgrid(np.arange(x0, x1) + 0.5, np.arange(first, min(first + rows, y1)) + 0.5)
+            part = mask[first : first + len(y), x0:x1]
+            part[shapely.contains_xy(polygon, x * across, y * down)] = value
 
 
 def read_mask(path: Path, slide: Slide) -> NDArray[np.uint8]:
