@@ -135,7 +135,9 @@ def test_without_a_network_the_hub_is_said_to_be_out_of_reach(tmp_path: Path, mo
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens on the discard port
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(Failed, match=r"uni2-h \(https://huggingface\.co/MahmoodLab/UNI2-h\).*--weights FILE") as error:
+    with pytest.raises(
+        Failed, match=r"uni2-h \(https://huggingface\.co/MahmoodLab/UNI2-h\).*--teacher uni2-h=FILE"
+    ) as error:
         Foundation("uni2-h")
     assert "\n" not in str(error.value)
 

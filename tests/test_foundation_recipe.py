@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import histill as hs
+from histill import cli
 from histill.data import Images, pack, read_unlabelled
 from histill.errors import BadInput
 from histill.evaluate.probe import embed
@@ -171,3 +172,20 @@ def test_saved_embeddings_of_two_files_teach_by_every_match(
     log = hs.train(made, tmp_path / "run").log
     term = "relation0" if match == "relation" else "embedding0"
     assert log[f"raw/{term}"].iloc[-1] < log[f"raw/{term}"].iloc[0]
+
+
+def test_the_command_line_takes_saved_embeddings(
+    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("histill.evaluate.unjudged.finish", no_page)
+    values = np.random.default_rng(0).normal(size=(len(images), 5)).astype(np.float32)
+    np.save(tmp_path / "e.npy", values)
+    (tmp_path / "e.txt").write_text("\n".join(images.frame["path"]))
+    words = ["train", "foundation.pretrain", "--unlabelled", str(images.root), "--teacher", str(tmp_path / "e.npy")]
+    words += ["--network", "test_resnet", "--image-size", str(SIZE), "--nested", "8", "16", "--epochs", "1"]
+    assert cli.run([*words, "--out", str(tmp_path / "run")]) == 0
+    run = Run.open(tmp_path / "run")
+    assert run.finished
+    assert run.info["recipe"]["arguments"]["nested"] == [8, 16]
+    assert cli.run([*words, "--out", str(tmp_path / "other"), "--match", "l7"]) == 2
+    assert not (tmp_path / "other").exists()

@@ -159,7 +159,7 @@ def robustness(
                 if strength == 0
                 else embed(network, packed, rows, change=_changing(change, strength, seed), **options)
             )
-            moved = 1 - _cosines(before - centre, after - centre)
+            moved = np.maximum(1 - _cosines(before - centre, after - centre), 0)
             row = {"change": name, "strength": strength, "moved": float(moved.mean())}
             row |= {f"moved_{k}": float(np.quantile(moved, q)) for k, q in (("low", 0.1), ("high", 0.9))}
             for probe_name, predict in probes.items():

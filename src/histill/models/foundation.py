@@ -359,7 +359,7 @@ def _weights(card: Card, weights: str) -> dict[str, Tensor]:
     if weights == "hub":
         from timm.models import load_state_dict_from_hf
 
-        with hub(f"{card.name} ({card.page})"):
+        with hub(f"{card.name} ({card.page})", remedy=f"give weights=FILE, which is --teacher {card.name}=FILE"):
             state: dict[str, Tensor] = load_state_dict_from_hf(card.hub, weights_only=True)
     else:
         state = read_weights(weights)

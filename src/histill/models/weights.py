@@ -134,7 +134,7 @@ def imagenet(name: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def hub(what: str) -> Iterator[None]:
+def hub(what: str, *, remedy: str = "give --weights FILE or --weights none") -> Iterator[None]:
     """Let timm fetch ``what``: from the hub where it can be reached, from its local cache where it cannot.
 
     The hub's client retries for minutes where there is no network, so one short request is tried first.
@@ -157,7 +157,7 @@ def hub(what: str) -> Iterator[None]:
             reason = f"{host} cannot be reached and it is not in the local cache"
         else:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Failed(f"cannot fetch the weights of {what}: {reason}; give --weights FILE or --weights none") from error
+        raise Failed(f"cannot fetch the weights of {what}: {reason}; {remedy}") from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline
 

@@ -2,8 +2,8 @@
 
 As in H0-mini (Filiot et al. 2025) and AM-RADIO (Ranzinger et al. 2024): the student's embedding, through a linear map
 that is dropped afterwards, points where the teacher's does; with several teachers there is a map for each; and its
-tokens match the teacher's where a map is wanted. The run is then fine-tuned (``rckd.finetune --weights RUN``), or its
-embedding is used as it is. Not a copy of either paper: both train on their terms for months, this for hours.
+tokens match the teacher's where a map is wanted. The run is then fine-tuned, as RCKD's is, or its embedding is used as
+it is. Not a copy of either paper: both train on their terms for months, this for hours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from histill.data.images import Images
 from histill.data.packed import pack
 from histill.data.views import Augment
-from histill.embeddings import Several, Standardised, bound, open_teacher, standardise
+from histill.embeddings import Embeddings, Several, Standardised, bound, open_teacher, standardise
 from histill.errors import BadInput
 from histill.experiment import Experiment, recipe
 from histill.losses import Projection, cosine, hint, rkd_distance, smooth_l1
@@ -28,12 +28,13 @@ from histill.losses.embedding import check_nested
 from histill.losses.feature import _same_size
 from histill.pretrain.lars import adamw
 from histill.recipes._start import backbone, start
+from histill.recipes.rckd import finetune
 from histill.run import Run, without_weights
 from histill.schedules import warm_cosine
 from histill.teachers import Keyed
 from histill.types import Batch, Outputs, Terms
 
-__all__ = ["pretrain"]
+__all__ = ["finetune", "pretrain"]
 
 Match = Literal["cosine", "mse", "relation"]
 Source = Run | Keyed | Path | str
@@ -179,6 +180,7 @@ def pretrain(
             nested=nested,
         ),
         teacher=Several(known),
+        cache=not all(isinstance(one, Embeddings) for one in opened),  # those are saved already
         cache_outputs=tuple(f"{name}{t}" for t, name in itertools.product(range(len(known)), heard)),
         image_size=image_size,
         augment=TILE,
