@@ -12,7 +12,7 @@ import pytest
 
 import histill as hs
 
-ROOMS = {"data", "deploy", "evaluate", "losses", "models", "recipes", "schedules", "teachers", "types"}
+ROOMS = {"data", "deploy", "evaluate", "losses", "models", "recipes", "schedules", "slides", "teachers", "types"}
 
 
 def test_every_public_name_resolves() -> None:
@@ -45,14 +45,12 @@ def test_a_wrong_name_is_an_attribute_error() -> None:
 
 
 def test_functions_are_not_hidden_by_modules_of_the_same_name() -> None:
-    import histill.cli
-    import histill.comparison
-    import histill.deploy.deliver
-    import histill.deploy.serve
-    import histill.evaluate.judge  # noqa: F401
 
     for function in (hs.compare, hs.export, hs.predict, hs.deploy.bench, hs.evaluate.macs):
         assert inspect.isfunction(function)
+
+    assert inspect.isfunction(hs.data.unpack)
+    assert hs.data.split is hs.split
     assert hs.deploy.export is hs.export
     assert hs.deploy.predict is hs.predict
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import histill as hs
 from histill.cli import run
-from histill.data.unpack import gunzip, read_member
+from histill.data.archives import gunzip, read_member
 from histill.errors import BadInput
 
 unpack = hs.data.unpack

@@ -10,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from histill import data, deploy, evaluate, losses, models, recipes, schedules, teachers, types
+    from histill import data, deploy, evaluate, losses, models, recipes, schedules, slides, teachers, types
     from histill.comparison import compare
-    from histill.data import Augment, Images, read_images, read_unlabelled, split
+    from histill.data import Augment, Images, read_images, read_masks, read_unlabelled, split
     from histill.deploy import export, predict
     from histill.experiment import Experiment, recipe
     from histill.loop import train
@@ -24,6 +24,7 @@ _HOMES = {
     "Augment": "data",
     "Images": "data",
     "read_images": "data",
+    "read_masks": "data",
     "read_unlabelled": "data",
     "split": "data",
     "Experiment": "experiment",
@@ -34,7 +35,7 @@ _HOMES = {
     "export": "deploy",
     "predict": "deploy",
 }
-_ROOMS = ("data", "deploy", "evaluate", "losses", "models", "recipes", "schedules", "teachers", "types")
+_ROOMS = ("data", "deploy", "evaluate", "losses", "models", "recipes", "schedules", "slides", "teachers", "types")
 
 __all__ = [
     "Augment",
@@ -51,10 +52,12 @@ __all__ = [
     "models",
     "predict",
     "read_images",
+    "read_masks",
     "read_unlabelled",
     "recipe",
     "recipes",
     "schedules",
+    "slides",
     "split",
     "teachers",
     "train",

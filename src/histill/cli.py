@@ -25,7 +25,9 @@ app = cyclopts.App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
-data_app = cyclopts.App(name="data", help="Look at images, make phantom tissue.", result_action="return_value")
+data_app = cyclopts.App(
+    name="data", help="Look at images, fetch published data sets, make phantom tissue.", result_action="return_value"
+)
 app.command(data_app)
 
 Format = Literal["onnx", "torchscript", "qupath"]
@@ -558,7 +560,7 @@ def unpack(archive: Path, out: Path) -> None:
         archive: the .zip, .tar, .tar.gz, .tar.bz2 or .tar.xz file.
         out: the folder.
     """
-    from histill.data.unpack import unpack as work
+    from histill.data.archives import unpack as work
 
     _print(f"{work(archive, out)} files in {out}")
 

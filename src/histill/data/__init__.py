@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from histill.data.archives import unpack
     from histill.data.images import Images, read_images, read_unlabelled
     from histill.data.masks import read_masks
     from histill.data.packed import Packed, pack
     from histill.data.splits import split
-    from histill.data.unpack import unpack
     from histill.data.views import Augment
 
 __all__ = [
@@ -35,7 +35,7 @@ _HOMES = {
     "read_masks": "masks",
     "read_unlabelled": "images",
     "split": "splits",
-    "unpack": "unpack",
+    "unpack": "archives",
 }
 
 

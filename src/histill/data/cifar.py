@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from histill.data.unpack import read_member
+from histill.data.archives import read_member
 from histill.errors import BadInput
 from histill.files import atomic
 from histill.progress import progress

@@ -17,9 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from histill.data.archives import gunzip, unpack
 from histill.data.sets import DataSet, File, get, manifest
 from histill.data.sets._manifest import By
-from histill.data.unpack import gunzip, unpack
 from histill.errors import BadInput, Failed
 from histill.files import locked, read_json, sweep, write_json
 from histill.progress import Bar, notice, progress, say
