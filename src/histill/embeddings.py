@@ -151,7 +151,7 @@ def _read(file: Path) -> _Part:
 
 
 def _read_h5(file: Path) -> _Part:
-    import h5py  # type: ignore[import-untyped]
+    import h5py
 
     with h5py.File(file, "r") as inside:
         if missing := [name for name in ("features", "coords") if name not in inside]:

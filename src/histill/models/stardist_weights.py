@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-import h5py  # type: ignore[import-untyped]
+import h5py
 import numpy as np
 import torch
 from torch import Tensor
