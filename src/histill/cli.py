@@ -318,14 +318,14 @@ def bench(
         device: where runs are timed: auto, cpu, cuda or mps; exported files are timed on the CPU.
         code: the Python file of a network that is not Histill's.
     """
-    from histill.deploy.deliver import bench as work
-    from histill.files import write_json
-
     if models and str(models[0]) == "read":
         from histill.slides.bench import bench_command
 
         _print(bench_command(models[1:], out=out, seconds=seconds))
         return
+    from histill.deploy.deliver import bench as work
+    from histill.files import write_json
+
     summary, table = work(models, batch_size=batch_size, seconds=seconds, device=device, code=code)
     if out is not None:
         write_json(out / "summary.json", summary)

@@ -166,7 +166,8 @@ def cut_slides(
     }
     failed: dict[str, str] = {}
     with locked(out):
-        sweep(out)
+        for folder in (out, *(p for p in out.iterdir() if p.is_dir())):
+            sweep(folder)
         begun = out / ".cut.json"
         if begun.exists():
             if read_json(begun) != how:
