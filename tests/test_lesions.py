@@ -160,6 +160,14 @@ def test_a_slide_is_called_by_its_lesions() -> None:
     assert call_slide(tiles(), ("normal", "tumour"), [], ["tumour"])["label"] is None
 
 
+def test_the_evidence_does_not_overlap() -> None:
+    table = tiles(0.9, 0.8, 0.7, 0.6)
+    table["width"] = 11
+    call = call_slide(table, ("normal", "tumour"), [lesion(5, 5, 0.9)], ["tumour"])
+    assert [tile["x"] for tile in call["evidence"]] == [0, 20]
+    assert call["probability"] == pytest.approx(0.8)
+
+
 def test_the_temperature_softens() -> None:
     p = np.array([[0.8, 0.2], [0.5, 0.5]])
     assert tempered(p, 1.0) == pytest.approx(p)

@@ -232,8 +232,8 @@ def call_slide(
     """What the slide is called, and on what evidence.
 
     The lesion class with the largest area of lesions; where there are none, the class of most tiles. The probability
-    is the mean of that class over its ten likeliest tiles, with the temperature that was fitted on the run's
-    validation images where there is one: calibrated for tiles, as no slide was ever calibrated on.
+    is the mean of that class over its ten likeliest tiles that do not overlap, with the temperature that was fitted on
+    the run's validation images where there is one: calibrated for tiles, as no slide was ever calibrated on.
 
     Args:
         tiles: ``x y width height prob_<class>``, and ``prediction`` where it is there.
@@ -261,8 +261,8 @@ def call_slide(
     label = max(area, key=lambda name: area[name]) if lesions else max(share, key=lambda name: share[name])
     calm = p if temperature is None else tempered(p, temperature)
     own = calm[:, list(classes).index(label)]
-    order = np.argsort(-own, kind="stable")[:_EVIDENCE]
     places = tiles[["x", "y", "width", "height"]].to_numpy()
+    order = _apart(places, np.argsort(-own, kind="stable"), _EVIDENCE)
     evidence = [
         dict(zip(("x", "y", "width", "height"), map(int, places[row]))) | {"probability": float(own[row])}
         for row in order
@@ -275,6 +275,20 @@ def call_slide(
         "tile_share": share,
         "evidence": evidence,
     }
+
+
+def _apart(places: NDArray[Any], order: NDArray[np.int64], most: int) -> list[int]:
+    """The first rows of ``order`` whose tiles do not overlap one another."""
+    chosen: list[int] = []
+    for row in order.tolist():
+        x, y, width, height = places[row]
+        others = places[chosen]
+        across = (others[:, 0] < x + width) & (x < others[:, 0] + others[:, 2])
+        if not (across & (others[:, 1] < y + height) & (y < others[:, 1] + others[:, 3])).any():
+            chosen.append(row)
+            if len(chosen) == most:
+                break
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from histill.data.images import few
 from histill.deploy.predictor import one_line
 from histill.errors import BadInput, Failed, HistillError
 from histill.files import file_digest, locked, read_json, write_json
-from histill.progress import Bar, notice, progress
+from histill.progress import Bar, notice, progress, say
 from histill.slides.coarse import parents
 from histill.slides.engine import Model, load_model
 from histill.slides.grid import Grid
@@ -97,7 +97,9 @@ def predict_slides(
     write_json(Path(out) / "summary.json", summary)
     failed = [job for job in jobs if job.error is not None]
     if failed:
-        lines = [f"{job.path.name} ({one_line(job.error)})" for job in failed if job.error is not None]
+        for line in summary_lines(summary, out).splitlines():
+            say(line)
+        lines = [one_line(job.error) for job in failed if job.error is not None]
         raise Failed(f"{len(failed)} of {len(jobs)} slides failed: {few(lines)}; the others are done")
     return summary
 
@@ -132,8 +134,9 @@ class _Job:
     def fail(self, error: BaseException) -> None:
         """Give this slide up, and say why once."""
         if self.error is None:
-            line = f"{self.path.name}: {type(error).__name__}: {one_line(error)}"
-            self.error = error if isinstance(error, HistillError) else Failed(line)
+            said = one_line(error) if isinstance(error, HistillError) else f"{type(error).__name__}: {one_line(error)}"
+            line = said if self.path.stem in said else f"{self.path}: {said}"
+            self.error = type(error)(line) if isinstance(error, HistillError) else Failed(line)
             notice(f"failed: {one_line(self.error)}")
         self.close()
 
