@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from histill.teachers import Keyed
 
 __all__ = ["Embeddings", "Several", "Standardised", "bound", "open_teacher", "standardise"]
+
+T = TypeVar("T")
 
 Floats = NDArray[np.float32]
 
@@ -318,9 +320,9 @@ def _measure(
     return found
 
 
-def bound(teacher: Keyed, images: Images) -> Keyed:
+def bound(teacher: T, images: Images) -> T:
     """The teacher, its saved embeddings looked up for the images of a table; a network stays as it is."""
-    of = getattr(teacher, "of", None)
+    of: Callable[[Images], T] | None = getattr(teacher, "of", None)
     return teacher if of is None else of(images)
 
 

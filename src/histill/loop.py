@@ -8,7 +8,7 @@ import pickle
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from histill.machine import launch, logged
 from histill.progress import Bar, notice, progress
 from histill.record import check_finished, check_same, describe, record
 from histill.run import Run, without_weights
-from histill.teachers import Cached, Keyed
+from histill.teachers import Cached, Keyed, bound
 from histill.types import Outputs, Teacher, total
 
 __all__ = ["train"]
@@ -157,6 +157,8 @@ def _train(
             state, best = State(**saved["state"]), saved["best"]
             if average:
                 average.network.load_state_dict(saved["average"])
+    if experiment.teacher is not None:
+        experiment = replace(experiment, teacher=bound(experiment.teacher, packed.images))
     teacher = _teacher(experiment, packed, fabric.device)
     if fabric.is_global_zero:
         if experiment.teacher is not None and len(rows["val"]):
@@ -377,7 +379,7 @@ def _judge_teacher(
     return {"validation": {name: value if math.isfinite(value) else None for name, value in figures.items()}}
 
 
-def _teacher(experiment: Experiment, packed: Packed, device: torch.device) -> Teacher | None:
+def _teacher(teacher: Teacher | None, experiment: Experiment, packed: Packed, device: torch.device) -> Teacher | None:
     """The teacher behind a cache, where views are counted: they come again, in this run or in the next one's.
 
     Part of the key is the kind of device, as on CUDA a teacher answers in bf16.

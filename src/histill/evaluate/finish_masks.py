@@ -22,7 +22,7 @@ TITLES = {
     "mdice": "mean Dice",
     "pixel_accuracy": "pixel accuracy",
     "object_f1": "nuclei, F1 at IoU 0.5",
-    "pq": "nuclei, panoptic quality",
+    "panoptic_quality": "nuclei, panoptic quality",
 }
 
 

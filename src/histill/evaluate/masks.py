@@ -25,6 +25,7 @@ from histill.data.images import Images
 from histill.data.packed import Packed
 from histill.errors import BadInput
 from histill.evaluate.metrics import Array
+from histill.evaluate.objects import match, object_formulas
 
 __all__ = ["SELECTIONS", "MaskScores", "ask", "finish", "label_map", "predictions", "scores", "validate"]
 
@@ -32,6 +33,7 @@ SELECTIONS: tuple[str, ...] = ("miou", "mdice", "object_f1", "loss", "last")
 """``object_f1`` where masks number nuclei and the network outlines them."""
 
 OBJECTS = ("tp", "fp", "fn", "iou")
+OBJECT_FIGURES = ("object_f1", "panoptic_quality")
 _BATCH = 16
 
 
@@ -82,14 +84,14 @@ class MaskScores:
     def names(self) -> list[str]:
         """The figures that there are."""
         each = [f"{what}_{name}" for what in ("iou", "dice") for name in self.classes]
-        return ["miou", "mdice", "pixel_accuracy", *each, *([] if self.objects is None else ["object_f1", "pq"])]
+        return ["miou", "mdice", "pixel_accuracy", *each, *([] if self.objects is None else OBJECT_FIGURES)]
 
     def figures(self, weights: Array | None = None, *, names: Sequence[str] | None = None) -> dict[str, Array]:
         """Each figure of each weighting of the units, ``(R,)``; see `histill.evaluate.metrics.metrics`."""
         weights = np.ones((len(self.unit_names), 1)) if weights is None else weights
         sums = self._sums.T @ weights
         tp, fp, fn = sums[: 3 * len(self.classes)].reshape(len(self.classes), 3, -1).swapaxes(0, 1)
-        found, wrong, missed, iou = sums[3 * len(self.classes) :]
+        objects = sums[3 * len(self.classes) :]
         with np.errstate(invalid="ignore", divide="ignore"):
             ious, dices = tp / (tp + fp + fn), 2 * tp / (2 * tp + fp + fn)  # (C, R), nan of a class that is nowhere
             everything = {
@@ -98,8 +100,7 @@ class MaskScores:
                 "pixel_accuracy": tp.sum(axis=0) / (tp + fn).sum(axis=0),
                 **{f"iou_{name}": value for name, value in zip(self.classes, ious)},
                 **{f"dice_{name}": value for name, value in zip(self.classes, dices)},
-                "object_f1": 2 * found / (2 * found + wrong + missed),
-                "pq": iou / (found + wrong / 2 + missed / 2),
+                **(object_formulas(*objects) if self.objects is not None else {}),
             }
         return {name: everything[name] for name in (self.names if names is None else names)}
 
@@ -133,8 +134,6 @@ def ask(
             size = (truth.shape[-2], truth.shape[-1])
             said = label_map(outputs, size)
             if instances and (draw := getattr(network, "instances", None)):
-                from histill.evaluate.objects import match
-
                 nuclei = draw(outputs, size)
                 said = torch.from_numpy(nuclei > 0).long().to(truth.device)
                 pairs = zip(nuclei, batch.masks.cpu().numpy())

@@ -122,6 +122,18 @@ class Objects:
         return sums
 
 
+def object_formulas(tp: Array, fp: Array, fn: Array, iou: Array) -> dict[str, Array]:
+    """Every metric of `OBJECT_METRICS` of summed counts, nan where undefined."""
+    return {
+        "object_f1": _ratio(2 * tp, 2 * tp + fp + fn),
+        "object_precision": _ratio(tp, tp + fp),
+        "object_recall": _ratio(tp, tp + fn),
+        "panoptic_quality": _ratio(2 * iou, 2 * tp + fp + fn),
+        "segmentation_quality": _ratio(iou, tp),
+        "recognition_quality": _ratio(2 * tp, 2 * tp + fp + fn),
+    }
+
+
 def object_metrics(
     objects: Objects, weights: Array | None = None, *, names: Sequence[str] = OBJECT_METRICS
 ) -> dict[str, Array]:
@@ -140,18 +152,10 @@ def object_metrics(
         ``(R,)`` for each name, nan where undefined.
     """
     weights = np.ones((len(objects.unit_names), 1)) if weights is None else weights
-    tp, fp, fn, iou = objects.sums.T @ weights
-    formulas = {
-        "object_f1": (2 * tp, 2 * tp + fp + fn),
-        "object_precision": (tp, tp + fp),
-        "object_recall": (tp, tp + fn),
-        "panoptic_quality": (2 * iou, 2 * tp + fp + fn),
-        "segmentation_quality": (iou, tp),
-        "recognition_quality": (2 * tp, 2 * tp + fp + fn),
-    }
+    formulas = object_formulas(*(objects.sums.T @ weights))
     if unknown := set(names) - set(formulas):
         raise BadInput(f"no metric of objects is called {', '.join(sorted(unknown))}: there are {', '.join(formulas)}")
-    return {name: _ratio(*formulas[name]) for name in names}
+    return {name: formulas[name] for name in names}
 
 
 def object_f1(objects: Objects, weights: Array | None = None) -> Array:

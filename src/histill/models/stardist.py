@@ -41,7 +41,7 @@ class StarDist(nn.Module):
     Args:
         rays: Directions in which the edge is measured.
         upsample: ``"nearest"`` as released, or ``"bilinear"`` as the RCKD paper draws it.
-        weights: None, or anything but ``"imagenet"`` that `load_weights` takes.
+        weights: None, anything but ``"imagenet"`` that `load_weights` takes, or the official ``.h5`` or ``.zip``.
 
     Outputs: ``logits`` (B, 1, H/2, W/2), the nucleus logit; ``prob``, its sigmoid; ``dist`` (B, rays, H/2, W/2) in
     pixels; ``features`` (B, 128, H/2, W/2).
@@ -68,7 +68,12 @@ class StarDist(nn.Module):
         self.prob = nn.Conv2d(128, 1, 1)
         self.dist = nn.Conv2d(128, rays, 1)
         self.apply(glorot)  # as Keras starts it; from torch's own start the first hundreds of steps teach much less
-        load_weights(self, weights)
+        if str(weights).partition("#")[0].endswith((".h5", ".zip")):
+            from histill.models.stardist_weights import load_keras
+
+            load_keras(self, str(weights))
+        else:
+            load_weights(self, weights)
 
     def forward(self, images: Tensor, limits: Tensor | None = None) -> Outputs:
         height, width = images.shape[-2:]

@@ -46,7 +46,7 @@ def nuclei(
         segmenter: a `StarDist`.
         image: ``(H, W, 3)``.
         kind: ``prob`` or ``instances``.
-        threshold: of prob.
+        threshold: of prob: where a nucleus is, or may be outlined from. The released weights have 0.692 for outlines.
         scale: by how much the image is enlarged before the segmenter looks: 2 where the patches are at 20x and it
             learnt at 40x.
 
@@ -54,7 +54,8 @@ def nuclei(
         ``(H, W)``.
     """
     if kind == "instances":
-        return np.asarray(predict_instances(segmenter, image, scale=scale).labels > 0)
+        found = predict_instances(segmenter, image, scale=scale, prob_threshold=threshold)
+        return np.asarray(found.labels > 0)
     return np.asarray(predict_prob(segmenter, image, scale=scale) >= threshold)
 
 

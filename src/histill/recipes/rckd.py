@@ -158,7 +158,7 @@ def pretrain(
         warm: epochs of linear warm-up, at most a tenth of all.
         pseudo: prob, the segmenter's probability cut at a threshold as in Eqs. 1 and 2, or instances, the nuclei that
             it outlines.
-        threshold: of prob.
+        threshold: of prob, and of what may be outlined; the released weights have 0.692 for outlines.
         teacher_scale: by how much patches are enlarged for the segmenter: 2 where they are at 20x and it learnt at 40x.
         sample: how many patches, drawn at random (none: all).
         dark: patches of a lower mean intensity (0 to 255) are left out.
