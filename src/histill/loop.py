@@ -379,7 +379,7 @@ def _judge_teacher(
     return {"validation": {name: value if math.isfinite(value) else None for name, value in figures.items()}}
 
 
-def _teacher(teacher: Teacher | None, experiment: Experiment, packed: Packed, device: torch.device) -> Teacher | None:
+def _teacher(experiment: Experiment, packed: Packed, device: torch.device) -> Teacher | None:
     """The teacher behind a cache, where views are counted: they come again, in this run or in the next one's.
 
     Part of the key is the kind of device, as on CUDA a teacher answers in bf16.
