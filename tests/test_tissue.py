@@ -112,7 +112,9 @@ def test_a_phantom_slide_is_found(tmp_path: Path) -> None:
     truth = Image.fromarray(np.asarray(Image.open(tmp_path / "a.mask.png")) > 0)
     with open_slide(tmp_path / "a.tiff") as slide:
         mask = find_tissue(slide).mask
-    assert (mask == np.asarray(truth.resize(mask.shape[::-1]))).mean() > 0.96
+    where = np.asarray(truth.resize(mask.shape[::-1]))
+    assert mask[ndimage.binary_erosion(where, iterations=3)].mean() > 0.99  # but for 30 microns at its outline
+    assert not mask[~ndimage.binary_dilation(where, iterations=3)].any()
 
 
 @settings(max_examples=60, deadline=None)
