@@ -205,6 +205,7 @@ def test_a_network_learns_masks_and_the_run_folder_says_how_well(tmp_path: Path,
     again = scores(table, run.classes, "test").figures(names=["miou"])["miou"]
     assert float(again[0]) == test["miou"]["value"]
     assert "mean IoU" in (run.path / "report.html").read_text()
+    assert not (run.path / "figures/outlines.png").exists()  # the network is of this file, which the run cannot open
     assert run.data.masks == kind
     assert hs.train(made, run.path, resume=True).info == run.info
 

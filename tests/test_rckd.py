@@ -141,6 +141,8 @@ def test_the_teachers_loss_falls_and_its_nuclei_are_counted(segmenter: Path) -> 
     assert run.log["loss"].iloc[-1] < run.log["loss"].iloc[0]
     assert {"val/object_f1", "val/miou", "raw/prob", "raw/dist"} <= set(run.log.columns)
     assert {"object_f1", "panoptic_quality", "iou_nucleus"} <= set(run.metrics["test"])
+    assert (run.path / "figures/outlines.png").stat().st_size > 10_000
+    assert "truth and prediction" in (run.path / "report.html").read_text()
 
 
 def test_a_teacher_that_outlines_the_truth_counts_every_nucleus(tissue: Path) -> None:

@@ -5,17 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 
+from histill.data.packed import pack
+from histill.errors import BadInput
 from histill.evaluate import figures
 from histill.evaluate.finish import counts, settings
 from histill.evaluate.intervals import figures_with_intervals
-from histill.evaluate.masks import MaskScores, scores
+from histill.evaluate.masks import MaskScores, label_map, scores
+from histill.evaluate.outlines import outlines
 from histill.evaluate.page import Picture, Section, Table, write_report
 from histill.evaluate.report import share
 from histill.files import write_json
+from histill.run import Run
 
-__all__ = ["finish"]
+__all__ = ["finish", "title"]
+
+_SHOWN = 8
 
 TITLES = {
     "miou": "mean IoU",
@@ -47,6 +55,7 @@ def _page(
     held = counts(info, table)
     unit = "patients" if info["data"]["patients"] is not None else "images"
     sections: list[Section] = [
+        *_outlined(out, split),
         Table(
             ["", *metrics],
             rows,
@@ -65,6 +74,29 @@ def _page(
         answer=f"On the {split} images the mean IoU is {share(metrics[split]['miou'])}.",
         sections=sections,
     )
+
+
+def _outlined(out: Path, split: str) -> list[Picture]:
+    """Images of the split with the outlines of truth and prediction; none where the network is a user's own."""
+    run = Run.open(out)
+    try:
+        network = run.network()
+    except BadInput:  # its file would have to be named
+        return []
+    packed = pack(run.data, run.image_size)
+    rows = np.array(packed.images.rows(split), dtype=np.int64)
+    rows = rows[np.linspace(0, len(rows) - 1, min(_SHOWN, len(rows))).astype(int)]
+    batch = packed.batch(rows)
+    assert batch.masks is not None
+    with torch.no_grad():
+        outputs = network(batch.images)
+    size = (batch.masks.shape[-2], batch.masks.shape[-1])
+    draw = getattr(network, "instances", None) if packed.images.masks == "instances" else None
+    drawn = draw(outputs, size) if draw else label_map(outputs, size).numpy()
+    pixels = (batch.images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    path = out / "figures" / "outlines.png"
+    outlines(list(pixels), list(batch.masks.numpy()), path, predicted=list(drawn))
+    return [Picture(path, f"Images of the {split} split: truth and prediction.", "Outlines")]
 
 
 def title(name: str, classes: tuple[str, ...]) -> str:
