@@ -237,6 +237,19 @@ def test_from_coarse_to_fine(model: Path, slide: Path, tmp_path: Path) -> None:
     assert np.allclose(tables[1]["prob_tumour"][close], tables[0]["prob_tumour"][close], atol=1e-5)
 
 
+def test_another_model_takes_the_wide_look(model: Path, slide: Path, tmp_path: Path) -> None:
+    opposite = slides_tiny.model(tmp_path / "opposite.pt", Purple(steep=-40), mpp=2.0)
+    predict_slide(model, slide, tmp_path / "out", coarse_to_fine=0.99, coarse_model=opposite)
+    table = pd.read_parquet(tmp_path / "out" / "one" / "tiles.parquet")
+    whole = predict_slide(model, slide, tmp_path / "whole")
+    honest = pd.read_parquet(tmp_path / "whole" / "one" / "tiles.parquet")
+    wide = table["coarse"].to_numpy()
+    assert 0 < wide.sum() < whole["tiles"]["count"]
+    same = (table["prob_tumour"] > 0.5) == (honest["prob_tumour"] > 0.5)
+    assert same[~wide].all()
+    assert same[wide].mean() < 0.1  # a wide tile that is surely one may hold a few of the other
+
+
 def test_early_exit_says_where_each_tile_left(slide: Path, tmp_path: Path) -> None:
     class Leaves:
         classes, image_size, mpp = CLASSES, TILE, 1.0

@@ -203,6 +203,7 @@ def slide(
     min_area_um2: float | None = None,
     coarse_to_fine: float | None = None,
     coarse_factor: float = 2.0,
+    coarse_model: Path | None = None,
     features: bool = False,
     segment: list[str] | None = None,
     device: str = "auto",
@@ -230,6 +231,7 @@ def slide(
         min_area_um2: smaller lesions and holes are left out (default: a quarter of a tile).
         coarse_to_fine: a confidence, such as 0.95, at which the answer for a wider tile stands for all in it.
         coarse_factor: how many times as wide.
+        coarse_model: what looks at the wider tiles (default: the same model).
         features: also features.h5, as CLAM reads it.
         segment: CLASS=MODEL, the network that outlines what was taken for that class.
         device: where a run computes: auto, cpu, cuda or mps; exported files compute on the CPU.
@@ -261,6 +263,7 @@ def slide(
         min_area_um2=min_area_um2,
         coarse_to_fine=coarse_to_fine,
         coarse_factor=coarse_factor,
+        coarse_model=coarse_model,
         features=features,
         segment=by_class(segment or []),
         resume=resume,

@@ -32,6 +32,7 @@ class Options:
         coarse_to_fine: first look at tiles ``coarse_factor`` times as wide, and closer only where the model's
             confidence is below this; the rest keep what was said of the wide tile.
         coarse_factor: how many times.
+        coarse_model: what takes the wide look (default: the same model, which must then not mind the magnification).
         features: also ``features.h5``, as CLAM reads it.
         segment: by class, the model that outlines it (`histill.slides.segment`).
         resume: go on with what another process left; otherwise start anew.
@@ -51,6 +52,7 @@ class Options:
     min_area_um2: float | None = None
     coarse_to_fine: float | None = None
     coarse_factor: float = 2.0
+    coarse_model: Path | None = None
     features: bool = False
     segment: Mapping[str, Path] = field(default_factory=dict)
     resume: bool = True

@@ -88,7 +88,10 @@ def predict_slides(
         raise BadInput(f"histill slide: {error}") from None
     jobs = _jobs([Path(slide) for slide in slides], Path(out))
     loaded = model if isinstance(model, Model) else load_model(model, device=device, precision=precision, code=code)
-    work = _Work(loaded, asked, jobs)
+    wide = loaded
+    if asked.coarse_model is not None:
+        wide = load_model(asked.coarse_model, device=device, precision=precision, code=code)
+    work = _Work(loaded, wide, asked, jobs)
     start = time.monotonic()
     work.run()
     if len(jobs) == 1 and jobs[0].error is not None:
@@ -184,8 +187,10 @@ def _jobs(slides: Sequence[Path], out: Path) -> list[_Job]:
 class _Work:
     """What one call does."""
 
-    def __init__(self, model: Model, options: Options, jobs: list[_Job]) -> None:
-        self.model, self.options, self.jobs = model, options, jobs
+    def __init__(self, model: Model, wide: Model, options: Options, jobs: list[_Job]) -> None:
+        self.model, self.wide, self.options, self.jobs = model, wide, options, jobs
+        if wide.classes != model.classes:
+            raise BadInput(f"{wide.name} has classes {', '.join(wide.classes)}, not those of {model.name}")
         self.tile = options.tile or model.predictor.image_size
         self.labels = lesion_classes(model.classes, given=options.lesions, positive=model.positive)
         mpp = options.mpp or model.mpp
@@ -255,8 +260,10 @@ class _Work:
             job.tissue = find_tissue(slide, beside(self.options.mask, job.path, "mask"))
             job.grids[_FINE] = grid
             if self.options.coarse_to_fine is not None:
-                wide = Grid(self.mpp * self.options.coarse_factor, self.tile, 0, self.options.min_tissue)
-                job.grids[_COARSE] = wide
+                # As wide as asked for, in as many pixels as the wide look's model takes.
+                size = self.tile if self.wide is self.model else self.wide.predictor.image_size
+                wide_mpp = self.mpp * self.options.coarse_factor * self.tile / size
+                job.grids[_COARSE] = Grid(wide_mpp, size, 0, self.options.min_tissue)
             for part, its in job.grids.items():
                 job.tiles[part] = its.tiles(slide, job.tissue)
                 job.wanted[part] = np.arange(len(job.tiles[part]))
@@ -274,6 +281,7 @@ class _Work:
             found = beside(getattr(self.options, name), job.path, name)
             said[name] = None if found is None else file_digest(found)
         said["segment"] = {label: _weights(path) for label, path in self.options.segment.items()}
+        said["coarse_model"] = None if self.wide is self.model else self.wide.digest
         said |= {"mpp": self.mpp, "tile": self.tile, "lesions": self.labels, "bf16": self.model.bf16}
         return said
 
@@ -301,7 +309,7 @@ class _Work:
             raise Failed("given up")
         grid, places = job.grids[batch.part], job.tiles[batch.part]
         xs, ys = (places[name].to_numpy()[batch.rows] for name in ("x", "y"))
-        images = np.empty((len(xs), 3, self.tile, self.tile), np.float32)
+        images = np.empty((len(xs), 3, grid.tile, grid.tile), np.float32)
         for image, x, y in zip(images, xs, ys):
             np.multiply(grid.read(job.slide, int(x), int(y)).transpose(2, 0, 1), np.float32(1 / 255), out=image)
         return images, time.monotonic() - start
@@ -313,7 +321,8 @@ class _Work:
         try:
             images, busy = reading.result()
             waited = time.monotonic()
-            said = self.model.look(images, features=self.options.features and batch.part == _FINE)
+            model = self.wide if batch.part == _COARSE else self.model
+            said = model.look(images, features=self.options.features and batch.part == _FINE)
             looked = time.monotonic()
             job.spend("read", wall=waited - start, busy=busy)
             job.spend("infer", wall=looked - waited, busy=looked - waited)

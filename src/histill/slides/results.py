@@ -213,7 +213,7 @@ def _heatmap(found: Found, mpp: float) -> Heatmap:
     scratch = (
         found.folder / ".state" / "heatmap.map" if pixels * 4 * len(found.model.classes) > _SCRATCH_BYTES else None
     )
-    return blend(
+    heatmap = blend(
         places,
         probabilities,
         classes=found.model.classes,
@@ -222,6 +222,19 @@ def _heatmap(found: Found, mpp: float) -> Heatmap:
         mpp=mpp,
         scratch=scratch,
     )
+    _clip(heatmap, found.tissue)
+    return heatmap
+
+
+def _clip(heatmap: Heatmap, tissue: Tissue) -> None:
+    """Empty the map where there is only glass: a tile at the tissue's edge speaks for its tissue."""
+    side = heatmap.l0_pixel
+    xs: Any = np.arange(heatmap.covered.shape[1]) * side
+    for top in range(0, heatmap.covered.shape[0], 256):
+        rows = slice(top, top + 256)
+        ys: Any = (np.arange(top, min(top + 256, heatmap.covered.shape[0])) * side)[:, None]
+        heatmap.covered[rows] &= tissue.fraction(xs[None, :], ys, side, side) > 0
+        heatmap.probabilities[:, rows] *= heatmap.covered[rows]
 
 
 def _tile_features(tiles: pd.DataFrame, classes: Sequence[str]) -> Iterator[Feature]:
@@ -337,5 +350,6 @@ def _settings(found: Found, least: float) -> dict[str, Any]:
         "temperature": found.model.temperature,
     }
     if options.coarse_to_fine is not None:
-        said |= {"coarse_to_fine": options.coarse_to_fine, "coarse_factor": options.coarse_factor}
+        wide = "the same" if options.coarse_model is None else Path(options.coarse_model).name
+        said |= {"coarse_to_fine": options.coarse_to_fine, "coarse_factor": options.coarse_factor, "coarse_model": wide}
     return said
