@@ -3,9 +3,9 @@
     python benchmarks/rckd.py DATA OUT
 
 DATA holds ``dsb2018_he`` (nuclei with instance masks), ``nuinsseg_unlabelled`` (patches), and the sets that the student
-is judged on: ``lc25000`` (five classes of lung and colon), ``oral_oscc`` (two), ``ebhi_glands`` (glands, masks), each
-with a ``labels.csv`` (file, label, split, group, mask). The segmenter is trained first (its test figures go into the
-summary), then `histill study rckd` runs. Results go to benchmarks/results/rckd.json and rckd.txt, the figures into rckd/.
+is judged on: ``lc25000`` (five classes of lung and colon) and ``ebhi_glands`` (glands, masks), each with a
+``labels.csv`` (file, label, split, group, mask). The segmenter is trained first (its test figures go into the summary),
+then `histill study rckd` runs. Results go to benchmarks/results/rckd.json and rckd.txt, the figures into rckd/.
 
 Every setting was fixed before any test figure was seen; what was tried is in benchmarks/LOG.md.
 """
@@ -53,7 +53,6 @@ def main() -> None:
     data, out = arguments.data, arguments.out
     nuclei = manifest(data / "dsb2018_he", out / "nuclei", ["path", "mask", "patient"])
     lung = manifest(data / "lc25000", out / "lung_colon", ["path", "label", "patient"], "role == 'tile'")
-    oral = manifest(data / "oral_oscc", out / "oral", ["path", "label", "patient"])
     glands = manifest(data / "ebhi_glands", out / "glands", ["path", "mask", "patient"])
     patches = out / "patches"
     shutil.copytree(data / "nuinsseg_unlabelled", patches, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.md"))
@@ -63,7 +62,7 @@ def main() -> None:
         call(HISTILL, "train", "rckd.teacher", "--data", nuclei, "--out", segmenter, *SEGMENTER.split())
     elif json.loads((segmenter / "run.json").read_text())["status"] != "finished":
         call(HISTILL, "train", "--out", segmenter, "--resume")
-    given = ["--unlabelled", patches, "--teacher", segmenter, "--others", oral, glands]
+    given = ["--unlabelled", patches, "--teacher", segmenter, "--others", glands]
     study = out / "study"
     tables = call(HISTILL, "study", "rckd", "--data", lung, "--out", study, *given, *STUDY.split())
     info = json.loads((study / "runs" / "pretrain-rckd-CSAT-seed0" / "run.json").read_text())

@@ -164,6 +164,11 @@ def test_the_label_map_is_the_likeliest_class_at_full_size() -> None:
     assert label_map({"logits": logits[:, :1] - 4}, (4, 4))[0, 0].tolist() == [0, 0, 1, 1]
 
 
+def test_a_classifier_on_masks_is_one_clear_line() -> None:
+    with pytest.raises(BadInput, match="take a network with a decoder"):
+        label_map({"logits": torch.zeros(2, 3)}, (8, 8))
+
+
 class Pixels(nn.Module):
     """Each pixel by itself, half as large as the image: darkness into two logits."""
 

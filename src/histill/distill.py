@@ -82,6 +82,8 @@ def distill(
     val: float = 0.15,
     test: float = 0.15,
     patient: str | None = None,
+    target: Target = "auto",
+    classes: Sequence[str] | None = None,
     device: str = "auto",
     precision: str = "auto",
     resume: bool = False,
@@ -115,7 +117,11 @@ def distill(
     with locked(out):
         sweep(out)
         dealt = seed if split_seed is None else split_seed
-        images = read_parts(data, val=val, test=test, seed=dealt, patient=patient)
+        images = read_parts(data, val=val, test=test, seed=dealt, patient=patient, target=target, classes=classes)
+        if images.masks:
+            raise BadInput(
+                f"{data} has masks, and {recipe} learns labels; give --target labels, or take the recipe rckd"
+            )
         for line in images.notices:
             notice(line)
         if not images.rows("test"):

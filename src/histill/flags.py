@@ -13,6 +13,7 @@ __all__ = [
     "COMMON",
     "LACKING",
     "PATHS",
+    "SLIDES",
     "SPLIT",
     "WORDS",
     "command_of",
@@ -38,10 +39,20 @@ COMMON: tuple[tuple[str, Any, Any, str], ...] = (
         "manifest without labels).",
     ),
     ("classes", list[str] | None, None, "names of the classes 0, 1, ... that masks hold."),
+    (
+        "slides",
+        list[Path] | None,
+        None,
+        "whole slides, or folders of them, cut into OUT/patches: with --masks labelled patches in place of --data, "
+        "without them unlabelled ones in place of --unlabelled.",
+    ),
+    ("masks", Path | None, None, "a folder with a mask image or QuPath GeoJSON for each slide."),
+    ("slide_mpp", float | None, None, "microns per pixel of the slides, where their files do not say."),
     ("device", str, "auto", "auto, cpu, cuda or mps."),
     ("precision", str, "auto", "auto, 32-true, bf16-mixed, ... (Lightning Fabric's names)."),
     ("resume", bool, False, "go on with what --out holds; needs --out alone."),
 )
+SLIDES = ("slides", "masks", "slide_mpp")
 SPLIT = ("val", "test", "split_seed", "patient", "target", "classes")
 """How ``--data`` is read and divided."""
 

@@ -12,8 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
+from histill.data.images import Images
 from histill.data.packed import Packed
 from histill.errors import BadInput
 from histill.experiment import Experiment, plain
@@ -60,6 +62,7 @@ def record(experiment: Experiment, packed: Packed, student: nn.Module) -> dict[s
         "classes": list(data.classes),
         "positive": experiment.positive,
         "image_size": experiment.image_size,
+        "mpp": trained_mpp(images, experiment.image_size),
         "epochs": experiment.epochs,
         "batch_size": experiment.batch_size,
         "accumulate": experiment.accumulate,
@@ -87,6 +90,18 @@ def record(experiment: Experiment, packed: Packed, student: nn.Module) -> dict[s
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def trained_mpp(images: Images, size: int) -> float | None:
+    """Microns per pixel at which images are seen at ``size``: those of their files, times the files' width over it.
+
+    None where they are not known, or not the same for all.
+    """
+    known = set(images.frame["mpp"])
+    if len(known) != 1 or not (said := known.pop()):
+        return None
+    with Image.open(images.paths()[0]) as picture:
+        return float(said) * picture.width / size
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:

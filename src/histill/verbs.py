@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from histill.errors import BadInput
 from histill.files import read_json, write_json
-from histill.flags import COMMON, LACKING, SPLIT, WORDS, command_of, common, merged, read_data, signature_flags
+from histill.flags import COMMON, LACKING, SLIDES, SPLIT, WORDS, command_of, common, merged, read_data, signature_flags
 from histill.progress import say
 
 __all__ = ["recipe_command", "summary_lines"]
@@ -107,6 +107,42 @@ def _check_trains(experiment: Any) -> None:
         raise BadInput(f"the optimiser: {error}") from None
 
 
+def _cut(out: Path, values: dict[str, Any]) -> None:
+    """Patches of ``--slides``, cut into ``out``, in place of ``--data`` or ``--unlabelled``."""
+    if not values["slides"]:
+        if values["masks"]:
+            raise BadInput(f"--masks {values['masks']}: of which --slides?")
+        return
+    replaced = "data" if values["masks"] else "unlabelled"
+    made = out / "patches" / ("manifest.csv" if values["masks"] else "")
+    if values.get(replaced) is not None:
+        if Path(values[replaced]) == made:
+            return  # it is resumed
+        raise BadInput(f"--slides are cut in place of --{replaced}; give one of them")
+    if replaced not in values:
+        what = "labelled patches (--masks)" if replaced == "data" else "patches without labels (no --masks)"
+        raise BadInput(f"this recipe takes no {what}")
+    from histill.slides.training import cut_for
+
+    given = {name: values.get(name) for name in ("masks", "slide_mpp", "patient")}
+    values[replaced] = cut_for(out, values["slides"], classes=values.get("classes") or (), **given)
+    if values["masks"]:  # the names were those of the slides' masks, and patches have labels
+        values["classes"] = values["patient"] = None
+
+
+def _judge_slides(out: Path, values: dict[str, Any], roles: tuple[str, ...]) -> None:
+    """Whole slides of the test split, by every run of ``roles`` in ``out``."""
+    if not (values["slides"] and values["masks"]):
+        return
+    from histill.run import Run
+    from histill.slides.training import judge_slides
+
+    home = out / "seed0" if (out / "seed0").is_dir() else out
+    runs = {role: Run.open(home / role) for role in roles if (home / role / "run.json").is_file()}
+    judge_slides(runs, values["slides"], out / "slides", masks=values["masks"], slide_mpp=values["slide_mpp"])
+    say(f"slides: {out / 'slides'} (histill view {out / 'slides' / roles[-1]})")
+
+
 def _train_command(name: str) -> Any:
     from histill.experiment import load_recipe, parts
 
@@ -160,11 +196,12 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
         values = _agreed(given, values, recorded["command"])
     else:
         _check_free(out)
+    _cut(out, values)
     if (needed := "data" if _takes_data(function) else "unlabelled") and values[needed] is None:
         raise BadInput(LACKING[needed])
     record = {n: plain(v) for n, v in values.items() if n != "resume"}
     machine = ("device", "precision", "resume", "logger", "compile", "code")
-    own = {n: values.pop(n) for n in (*SPLIT, "data", *machine) if n in values}
+    own = {n: values.pop(n) for n in (*SPLIT, *SLIDES, "data", *machine) if n in values}
     if values.get("unlabelled"):
         values["unlabelled"] = read_unlabelled(values["unlabelled"])
     if needed == "data":
@@ -246,7 +283,7 @@ def _distill_command(name: str) -> Any:
 def _distill(name: str, student: list[str], teacher: list[str], flags: Any, values: dict[str, Any]) -> None:
     from histill.data.packed import pack
     from histill.distill import SHARED, distill, teacher_arguments
-    from histill.experiment import load_recipe
+    from histill.experiment import load_recipe, plain
 
     given = values
     values = {n: d for n, (_, d, _) in flags.items()} | given
@@ -263,9 +300,10 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
         values = _agreed(given, values, recorded["arguments"])
     else:
         _check_free(out)
+    _cut(out, values)
     if values["data"] is None:
         raise BadInput(LACKING["data"])
-    record = {n: str(v) if isinstance(v, Path) else v for n, v in values.items() if n != "resume"}
+    record = {n: plain(v) for n, v in values.items() if n != "resume"}
     # What is wrong with the images or the student is found before the folder is taken and the teacher trained.
     images = read_data(values)
     student_arguments = {n: values[n] for n in student if n not in ("teacher", "unlabelled", "seed")}
@@ -291,6 +329,7 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
             with suppress(OSError):
                 out.rmdir()
         raise
+    _judge_slides(out, values, ("teacher", "student_alone", "student_distilled"))
     print(summary_lines(summary))  # noqa: T201
     print(f"report: {out / 'report.html'}")  # noqa: T201
 
@@ -334,6 +373,7 @@ def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: d
         values = _agreed(given, values, recorded["arguments"])
     else:
         _check_free(out)
+    _cut(out, values)
     for needed in ("data", "unlabelled"):
         if values[needed] is None:
             raise BadInput(LACKING[needed])
@@ -359,6 +399,7 @@ def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: d
         finetune_arguments={n: values[n] for n in finetune if n != "seed"},
         pretrain_arguments=pretrain,
     )
+    _judge_slides(out, values, ("student_alone", "student_distilled"))
     print(summary_lines(summary))  # noqa: T201
     print(f"report: {out / 'report.html'}")  # noqa: T201
 

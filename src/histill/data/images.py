@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ UNLABELLED = ""
 
 _CHUNK = 64
 
-COLUMNS = ("path", "label", "patient", "split", "mask", "site", "content", "mask_content")
+COLUMNS = ("path", "label", "patient", "split", "mask", "site", "slide", "mpp", "content", "mask_content")
 _SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -46,8 +47,9 @@ class Images:
     """A table of images.
 
     Attributes:
-        frame: a row per image: ``path`` (relative to ``root``), ``label``, ``patient``, ``split``, ``mask``, ``site``
-            (empty where unknown) and ``content``, the SHA-256 of the file; ``mask_content`` that of its mask.
+        frame: a row per image: ``path`` (relative to ``root``), ``label``, ``patient``, ``split``, ``mask``, ``site``,
+            the ``slide`` that it was cut from and its microns per pixel, ``mpp`` (empty where unknown), and
+            ``content``, the SHA-256 of the file; ``mask_content`` that of its mask.
         root: the folder that the paths are relative to.
         classes: the class names; a class number is a place in it. None of unlabelled images.
         notices: what was noticed while reading, one line each.
@@ -113,7 +115,7 @@ class Images:
             with Path(path).open(encoding="utf-8", newline="") as file:
                 header = json.loads(file.readline().removeprefix("# "))
                 frame = pd.read_csv(file, dtype=str, keep_default_na=False)
-            if missing := set(COLUMNS) - {"mask_content"} - set(frame):
+            if missing := set(COLUMNS) - {"slide", "mpp", "mask_content"} - set(frame):
                 raise ValueError(f"no column {few(sorted(missing))}")
             masks = header.get("masks", "")
             return cls(complete(frame), Path(header["root"]), tuple(header["classes"]), masks=masks)
@@ -144,7 +146,7 @@ def read_images(source: str | Path, *, patient: str | None = None) -> Images:
 
     Args:
         source: the folder, or a CSV file with ``path,label`` and optional ``patient,split,mask,site``; its paths are
-            relative to it and stay inside its folder.
+            relative to it and stay inside its folder. ``slide`` and ``mpp`` are kept where a manifest has them.
         patient: a regular expression that reads the patient off an image's relative path: its first group,
             or all of it.
 
@@ -307,7 +309,16 @@ def _from_manifest(file: Path, needed: Sequence[str] = ("path", "label")) -> pd.
                 f"{file}: unknown split {few(map(repr, unknown))}; use train, val or test, or drop the column"
             )
         frame["split"] = names.map(_SPLIT_NAMES)
-    return _frame(**{c: list(frame[c]) for c in COLUMNS if c in frame and c != "content"})
+    if "mpp" in frame and (odd := [v for v in frame["mpp"] if v and not _is_mpp(v)]):
+        raise BadInput(f"{file}: mpp {few(odd)}: microns per pixel, a number above 0")
+    return _frame(**{c: list(frame[c]) for c in COLUMNS if c in frame and c not in ("content", "mask_content")})
+
+
+def _is_mpp(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _inside(file: Path, row: int, path: str) -> str:

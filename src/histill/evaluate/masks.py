@@ -112,6 +112,11 @@ class MaskScores:
 def label_map(outputs: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
     """``(B, H, W)`` class numbers at full size: the likeliest logit's; of a single logit, where it is positive."""
     logits = outputs["logits"].float()
+    if logits.ndim != 4:
+        raise BadInput(
+            f"the images have masks, and the network gives one answer for each image, logits {tuple(logits.shape)}; "
+            "take a network with a decoder, as rckd.finetune does, or give --target labels"
+        )
     if logits.shape[-2:] != size:
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)

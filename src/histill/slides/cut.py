@@ -34,9 +34,9 @@ from histill.slides.slide import Slide, open_slide
 from histill.slides.tiles import Pixels
 from histill.slides.tissue import find_tissue
 
-__all__ = ["PRESETS", "Cut", "Cutting", "cut_slides"]
+__all__ = ["Cut", "Cutting", "PRESETS", "cut_slides", "find_slides"]
 
-COLUMNS = ("path", "label", "patient", "site", "slide", "x", "y")
+COLUMNS = ("path", "label", "patient", "site", "slide", "mpp", "x", "y")
 TCGA = re.compile(r"^(TCGA-(\w\w)-\w{4})")
 """A TCGA barcode: its first 12 characters are the patient, the second field is the hospital."""
 
@@ -152,7 +152,7 @@ def cut_slides(
     if "min_kb" not in changes:
         rule = replace(rule, min_kb=rule.min_kb * (rule.tile / PRESETS[chosen].tile) ** 2)
     rule.grid  # noqa: B018 - complains of a tile that cannot be
-    found = _slides(slides)
+    found = find_slides(slides)
     readers = {"label": _reader("--label", label), "patient": _reader("--patient", patient)}
     readers["site"] = _reader("--site", site)
     how: dict[str, Any] = {
@@ -192,7 +192,8 @@ def cut_slides(
     return result
 
 
-def _slides(given: Sequence[Path]) -> list[Path]:
+def find_slides(given: Sequence[Path]) -> list[Path]:
+    """The slides that files and folders stand for; `BadInput` where there is none, or two of one name."""
     found = []
     for path in map(Path, given):
         if path.is_dir() and not any(path.glob("*.dcm")):
@@ -383,7 +384,8 @@ def _cut_slide(
         known = TCGA.match(path.stem)
         person = names["patient"] or (known[1] if known else path.stem)
         site = names["site"] or (known[2] if known else "")
-        rows = [row | {"patient": person, "site": site, "slide": path.name} for row in rows]
+        of_slide = {"patient": person, "site": site, "slide": path.name, "mpp": f"{rule.mpp:g}"}
+        rows = [row | of_slide for row in rows]
         write_json(record, {"digest": slide.digest, "left_out": {k: n for k, n in left_out.items() if n}, "rows": rows})
 
 

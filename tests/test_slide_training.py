@@ -1,0 +1,97 @@
+"""A recipe takes slides and masks, and ends with what whole slides of the test split are called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+from slide_files import picture, write_jpeg_tiff
+
+import histill as hs
+from histill import cli
+from histill.data.images import read_images
+from histill.record import trained_mpp
+from histill.slides import training
+from histill.slides.cut import PRESETS, cut_slides
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The papers' patches are of slides that take minutes to draw."""
+    from dataclasses import replace
+
+    small = {"tile": 64, "stride": 64, "min_kb": 0.0, "min_tissue": 0.0}
+    monkeypatch.setitem(PRESETS, "lesion", replace(PRESETS["lesion"], **small))
+    monkeypatch.setitem(PRESETS, "pretrain", replace(PRESETS["pretrain"], **small))
+
+
+def slides_of(root: Path, count: int = 6) -> Path:
+    """Slides whose left half is marked, as class 1 in even ones and 2 in odd ones, and coloured accordingly."""
+    for name in ("slides", "masks"):
+        (root / name).mkdir(parents=True)
+    for i in range(count):
+        pixels = picture(256, 384, i)
+        pixels[:, :192, i % 2] //= 3
+        write_jpeg_tiff(root / "slides" / f"s{i}.tiff", [pixels], mpp=(0.5, 0.5))
+        mask = Image.new("L", (96, 64))
+        mask.paste(1 + i % 2, (0, 0, 48, 64))
+        mask.save(root / "masks" / f"s{i}.png")
+    return root
+
+
+def test_the_resolution_of_patches_is_that_of_the_run(tmp_path: Path) -> None:
+    root = slides_of(tmp_path, 2)
+    cut_slides([root / "slides"], tmp_path / "out", masks=root / "masks", classes=("a", "b"))
+    images = read_images(tmp_path / "out" / "manifest.csv")
+    assert set(images.frame["mpp"]) == {"0.5"}
+    assert set(images.frame["slide"]) == {"s0.tiff", "s1.tiff"}
+    assert trained_mpp(images, 32) == pytest.approx(1.0)  # 64 px of 0.5 um, seen as 32
+    other = images.with_frame(images.frame.assign(mpp=["0.25", *images.frame["mpp"][1:]]))
+    assert trained_mpp(other, 32) is None
+
+
+def test_distill_takes_slides_and_ends_with_slides(tmp_path: Path) -> None:
+    root, out = slides_of(tmp_path / "in"), tmp_path / "out"
+    words = ["--slides", str(root / "slides"), "--masks", str(root / "masks"), "--classes", "odd", "even"]
+    words += ["--out", str(out), "--image-size", "32", "--epochs", "2", "--batch-size", "8", "--val", "0.34"]
+    words += ["--test", "0.34", "--teacher-network", "dsnet", "--teacher-weights", "none", "--lr", "0.003"]
+    assert cli.run(["distill", "dsnet", *words]) == 0
+    manifest = pd.read_csv(out / "patches" / "manifest.csv")
+    assert set(manifest["label"]) == {"odd", "even", "background"}
+    run = hs.Run.open(out / "student_distilled")
+    assert run.info["mpp"] == pytest.approx(1.0)
+    found = json.loads((out / "slides" / "summary.json").read_text())["slides"]
+    assert set(found) == {"teacher", "student_alone", "student_distilled"}
+    frame = run.data.frame
+    tested = set(frame["slide"][frame["split"] == "test"])
+    for one in found.values():
+        assert set(one["slides"]) == tested
+        assert all(row["label"] == ("odd", "even")[int(name[1]) % 2] for name, row in one["slides"].items())
+        right = sum(row["label"] == row["called"] for row in one["slides"].values())
+        assert one["accuracy"]["value"] == right / len(tested)
+        assert one["accuracy"]["low"] <= one["accuracy"]["value"] <= one["accuracy"]["high"]
+    stem = Path(next(iter(tested))).stem
+    assert (out / "slides" / "student_distilled" / stem / "lesions.geojson").is_file()
+    assert cli.run(["distill", "--out", str(out), "--resume"]) == 0
+
+
+def test_a_label_is_that_of_most_lesion_patches() -> None:
+    assert training._slide_label(pd.Series(["background"] * 9 + ["bcc"] * 2 + ["cm"])) == "bcc"
+    assert training._slide_label(pd.Series(["background"] * 3)) == "background"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--masks", "m"], "of which --slides"),
+        (["--slides", "s", "--masks", "m", "--data", "d"], "in place of --data"),
+        (["--slides", "nowhere", "--masks", "m"], "--masks m: no such folder"),
+    ],
+)
+def test_what_does_not_go_together_is_said(words: list[str], line: str, tmp_path: Path, capsys: Any) -> None:
+    assert cli.run(["train", "dsnet.student", "--out", str(tmp_path / "o"), *words]) == 2
+    assert line in capsys.readouterr().err
