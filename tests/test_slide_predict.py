@@ -186,6 +186,10 @@ def test_a_finished_slide_is_left_alone_and_another_setting_is_refused(
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*")}
     predict_slide(model, slide, tmp_path)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*")} == before
+    lesions = (tmp_path / "one" / "lesions.geojson").read_bytes()
+    (tmp_path / "one" / "lesions.geojson").unlink()
+    predict_slide(model, slide, tmp_path)
+    assert (tmp_path / "one" / "lesions.geojson").read_bytes() == lesions
     with pytest.raises(BadInput, match=r"overlap 0, not 8; give another --out, or --no-resume"):
         predict_slide(model, slide, tmp_path, overlap=8)
     other = slides_tiny.model(tmp_path / "other.pt", Purple(steep=10))

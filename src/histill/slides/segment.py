@@ -123,38 +123,48 @@ def segment(
     said = tiles[[f"prob_{name}" for name in classes]].to_numpy().argmax(1)
     # Pixels of the mask; a tile may begin a fraction of one off, and lies where its corner is nearest.
     lefts, tops = (np.rint(tiles[axis].to_numpy() / pixel).astype(np.int64) for axis in ("x", "y"))
-    top = 0
-    total, weight = np.zeros((len(names), 0, width), np.float32), np.zeros((0, width), np.float32)
-
-    def settle(until: int) -> None:
-        """Decide the rows before ``until``, which no later tile touches."""
-        nonlocal top, total, weight
-        count = min(until - top, len(weight))
-        if count > 0 and len(names):
-            score = total[:, :count] / np.maximum(weight[:count], 1e-9)
-            best = score.argmax(0)
-            sure = np.take_along_axis(score, best[None], 0)[0] >= _THRESHOLD
-            rows = slice(top, min(top + count, height))
-            labels[rows] = np.where(sure, values[best], 0)[: max(0, rows.stop - top)]
-        total, weight = total[:, max(count, 0) :], weight[max(count, 0) :]
-        top = max(top, until)
-
+    band = _Band(labels, values, tile)
     with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
         for rows, images, name in _routed(pool, slide, grid, tiles, tops, said, classes, segmenters, batch_size):
-            settle(int(tops[rows[0]]))
-            if (missing := int(tops[rows].max()) + tile - top - len(weight)) > 0:
-                total = np.concatenate([total, np.zeros((len(names), missing, width), np.float32)], axis=1)
-                weight = np.concatenate([weight, np.zeros((missing, width), np.float32)])
+            band.settle(int(tops[rows[0]]))
             found = None if images is None else _foreground(segmenters[name], images, name)
             for number, row in enumerate(rows):
-                left, right = max(0, int(lefts[row])), min(width, int(lefts[row]) + tile)
-                down, across = slice(int(tops[row]) - top, int(tops[row]) - top + tile), slice(left, right)
-                weight[down, across] += 1
-                if found is not None:
-                    part = found[number][:, left - int(lefts[row]) : right - int(lefts[row])]
-                    total[names.index(name), down, across] += part
-    settle(height)
+                band.add(int(lefts[row]), None if found is None else (names.index(name), found[number]))
+    band.settle(height)
     return Segmentation(labels, tuple(classes), tuple(names), pixel, slide.require_mpp() * pixel)
+
+
+class _Band:
+    """The rows of the mask that tiles of one line touch, summed until no later tile does."""
+
+    def __init__(self, labels: NDArray[np.uint8], values: NDArray[np.uint8], tile: int) -> None:
+        self.labels, self.values, self.tile, self.top = labels, values, tile, 0
+        self.total = np.zeros((len(values), tile, labels.shape[1]), np.float32)
+        self.weight = np.zeros((tile, labels.shape[1]), np.uint16)
+
+    def add(self, left: int, said: tuple[int, NDArray[np.float32]] | None) -> None:
+        """A tile whose first row is the band's: what it says of a class, or that it was sent nowhere."""
+        start, stop = max(0, left), min(self.labels.shape[1], left + self.tile)
+        self.weight[:, start:stop] += 1
+        if said is not None:
+            self.total[said[0], :, start:stop] += said[1][:, start - left : stop - left]
+
+    def settle(self, until: int) -> None:
+        """Decide the rows before ``until`` and move on to it."""
+        count = min(until - self.top, self.tile)
+        if count <= 0:
+            return
+        rows = max(0, min(count, len(self.labels) - self.top))
+        if rows and len(self.values):
+            for start in range(0, self.labels.shape[1], 4096):
+                part = slice(start, start + 4096)
+                score = self.total[:, :rows, part] / np.maximum(self.weight[:rows, part], 1)
+                sure = score.max(0) >= _THRESHOLD
+                self.labels[self.top : self.top + rows, part] = np.where(sure, self.values[score.argmax(0)], 0)
+        for sums in (*self.total, self.weight):
+            sums[: self.tile - count] = sums[count:]
+            sums[self.tile - count :] = 0
+        self.top = until
 
 
 def _routed(

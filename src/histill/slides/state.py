@@ -56,7 +56,7 @@ class State:
                 there = said.get("key") if path.name == "slide.json" else said
                 if there != self.key:
                     raise BadInput(f"{folder} holds {_other(there, self.key)}; give another --out, or --no-resume")
-        self.finished = (folder / "slide.json").is_file()
+        self.finished = (folder / "slide.json").is_file() and _whole(folder)
         if not self.finished:
             self.folder.mkdir(parents=True, exist_ok=True)
             sweep(self.folder)
@@ -86,6 +86,12 @@ class State:
 
     def _path(self, part: str, number: int) -> Path:
         return self.folder / f"{part}{number:06d}.npz"
+
+
+def _whole(folder: Path) -> bool:
+    """Whether every file that ``slide.json`` names is there."""
+    layers = read_json(folder / "slide.json").get("layers")
+    return isinstance(layers, dict) and all((folder / str(name)).is_file() for name in layers.values())
 
 
 def _other(there: Any, here: Mapping[str, Any]) -> str:
