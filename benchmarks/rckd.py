@@ -26,7 +26,7 @@ SEGMENTER = "--epochs 50 --batch-size 4 --lr 1e-3"
 STUDY = (
     "--tables 3 --methods random barlow-twins rckd --labels 200 --seeds 3 --splits same --image-size 96 --epochs 20 "
     "--batch-size 16 --optimizer adamw --lr 1e-3 --schedule cosine --pretrain-image-size 96 --pretrain-epochs 20 "
-    "--pretrain-batch-size 32 --rckd-optimizer adamw --teacher-scale 1 --pseudo instances --val 0.2"
+    "--pretrain-batch-size 32 --head-width 1024 --rckd-optimizer adamw --teacher-scale 1 --pseudo instances --val 0.2"
 )
 SHOWN = ("balls.png", "pretraining.png")
 """Figures without images; the others show data that are not ours to publish, but for the patches (CC BY 4.0)."""

@@ -102,6 +102,7 @@ class _Work:
     rckd: dict[str, Any]
     labels: int | None
     redraw: bool
+    head_width: int | None = None
     skipped: list[str] = field(default_factory=list)
 
     def pretrained(self, method: str, network: str) -> Run | None:
@@ -116,7 +117,7 @@ class _Work:
             assert self.labelled is not None
             make = partial(baselines.supervised, self.labelled, network=network, **self.pretraining)
         else:
-            own: Any = {"method": method, "network": network, **self.pretraining}
+            own: Any = {"method": method, "network": network, "head_width": self.head_width, **self.pretraining}
             make = partial(baselines.pretrain, self.patches, **own)
         return self.made.run(name, lambda s: make(seed=s), [seed])[0]
 
@@ -184,6 +185,7 @@ def study(
     pretrain_image_size: int = 512,
     pretrain_epochs: int = 100,
     pretrain_batch_size: int = 64,
+    head_width: int | None = None,
     rckd_optimizer: Literal["lars", "adamw"] = "lars",
     pseudo: Kind = "prob",
     threshold: float = 0.5,
@@ -220,6 +222,7 @@ def study(
         pretrain_image_size: height and width in pixels of every pretraining.
         pretrain_epochs: passes over the patches of every pretraining.
         pretrain_batch_size: patches per step of every pretraining.
+        head_width: of the self-supervised baselines' projections (default: as published, 8192 of Barlow Twins).
         rckd_optimizer: of RCKD; the baselines have their own.
         pseudo: see rckd.pretrain.
         threshold: see rckd.pretrain.
@@ -267,6 +270,7 @@ def study(
         },
         labels=labels,
         redraw=splits == "new",
+        head_width=head_width,
     )
     rows = [pair for table in ("3", "4", "5") if table in tables for pair in ROWS[table][1] if pair[0] in methods]
     for method, network in dict.fromkeys(rows):
