@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histill.errors import BadInput
-from histill.slides.geojson import FEW, LARGE, Feature, mend, read_geojson, write_geojson
+from histill.slides.geojson import FEW, Feature, mend, read_geojson, write_geojson
 
 shapely = pytest.importorskip("shapely")
 from shapely import MultiPolygon, Polygon, box  # noqa: E402
@@ -169,18 +169,21 @@ def test_measurements_and_colours(tmp_path: Path) -> None:
     }
 
 
-def test_many_are_streamed_and_gzipped(tmp_path: Path) -> None:
+def test_many_are_streamed_and_gzipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = 700
+    monkeypatch.setattr("histill.slides.geojson.LARGE", many)
+
     def tiles(count: int) -> Iterator[Feature]:
         return (Feature((224.0 * (i % 300), 224.0 * (i // 300), 224.0, 224.0), "a", {"p": 0.5}) for i in range(count))
 
-    plain = write_geojson(tmp_path / "tiles.geojson", tiles(LARGE), slide="s", kind="tile")
+    plain = write_geojson(tmp_path / "tiles.geojson", tiles(many), slide="s", kind="tile")
     assert plain.name == "tiles.geojson"
-    zipped = write_geojson(tmp_path / "tiles.geojson", tiles(LARGE + 1), slide="s", kind="tile")
+    zipped = write_geojson(tmp_path / "tiles.geojson", tiles(many + 1), slide="s", kind="tile")
     assert zipped.name == "tiles.geojson.gz"
     assert not plain.exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiles.geojson.gz"]
-    assert len(json.loads(gzip.decompress(zipped.read_bytes()))["features"]) == LARGE + 1
-    again = write_geojson(tmp_path / "again.geojson.gz", tiles(LARGE + 1), slide="s", kind="tile")
+    assert len(json.loads(gzip.decompress(zipped.read_bytes()))["features"]) == many + 1
+    again = write_geojson(tmp_path / "again.geojson.gz", tiles(many + 1), slide="s", kind="tile")
     assert again.read_bytes() == zipped.read_bytes()
     forced = write_geojson(tmp_path / "few.geojson.gz", tiles(2), slide="s", kind="tile")
     assert len(check(forced)) == 2

@@ -40,6 +40,11 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return slides_tiny.slide(tmp_path_factory.mktemp("slides") / "one.tif", width=640, height=640)
+
+
+@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return slides_tiny.model(tmp_path_factory.mktemp("models") / "purple.pt")
 
@@ -113,12 +118,12 @@ def test_every_file_is_named_and_there(done: Path) -> None:
     assert summary["froc"]["score"] == 1.0
 
 
-def test_the_page_stands_alone_and_escapes(slide: Path, tmp_path: Path) -> None:
+def test_the_page_stands_alone_and_escapes(small: Path, tmp_path: Path) -> None:
     names = ("normal", "<script>alert(1)</script>")
     predictor = TorchPredictor(Purple(), names, TILE)
     made = Model(predictor, "<b>model</b>", "0" * 64, mpp=1.0)
     place = tmp_path / "<i>slide.tif"
-    place.write_bytes(slide.read_bytes())
+    place.write_bytes(small.read_bytes())
     predict_slide(made, place, tmp_path / "out", min_area_um2=100)
     page = (tmp_path / "out" / "<i>slide" / "case.html").read_text()
     assert "<script" not in page
@@ -130,9 +135,9 @@ def test_the_page_stands_alone_and_escapes(slide: Path, tmp_path: Path) -> None:
     assert "research use only" in page
 
 
-def test_overlap_batches_and_threads_do_not_change_the_rows(slide: Path, model: Path, tmp_path: Path) -> None:
+def test_overlap_batches_and_threads_do_not_change_the_rows(small: Path, model: Path, tmp_path: Path) -> None:
     for name, options in {"a": {"batch_size": 7, "threads": 1}, "b": {"batch_size": 64, "threads": 4}}.items():
-        predict_slide(model, slide, tmp_path / name, **options)
+        predict_slide(model, small, tmp_path / name, **options)
     one, other = (pd.read_parquet(tmp_path / name / "one" / "tiles.parquet") for name in "ab")
     assert compare_tiles(one, other)["largest_difference"] < 1e-5
 
@@ -148,17 +153,17 @@ def test_without_a_resolution_the_line_names_the_flag(model: Path, slide: Path, 
         predict_slide(unsaid, slide, tmp_path / "out")
 
 
-def test_one_bad_slide_stops_no_other(model: Path, slide: Path, tmp_path: Path) -> None:
+def test_one_bad_slide_stops_no_other(model: Path, small: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.svs"
     bad.write_bytes(b"no slide at all")
     bare = slides_tiny.slide(tmp_path / "bare.tif", mpp=None)
     with pytest.raises(Failed, match=r"3 of 4 slides failed.*bad\.svs.*gone\.tif.*bare\.tif.*; the others are done"):
-        predict_slides(model, [bad, tmp_path / "gone.tif", slide, bare], tmp_path / "out")
+        predict_slides(model, [bad, tmp_path / "gone.tif", small, bare], tmp_path / "out")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert list(summary["slides"]) == ["one"]
     assert list(summary["failed"]) == ["bad", "gone", "bare"]
     with pytest.raises(BadInput, match="both be written"):
-        predict_slides(model, [slide, tmp_path / "one.tif"], tmp_path / "out")
+        predict_slides(model, [small, tmp_path / "one.tif"], tmp_path / "out")
 
 
 def test_a_slide_without_tissue_has_files_all_the_same(model: Path, tmp_path: Path) -> None:
@@ -180,22 +185,22 @@ def test_a_slide_without_tissue_has_files_all_the_same(model: Path, tmp_path: Pa
 
 
 def test_a_finished_slide_is_left_alone_and_another_setting_is_refused(
-    model: Path, slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    predict_slide(model, slide, tmp_path)
+    predict_slide(model, small, tmp_path)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*")}
-    predict_slide(model, slide, tmp_path)
+    predict_slide(model, small, tmp_path)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "one").rglob("*")} == before
     lesions = (tmp_path / "one" / "lesions.geojson").read_bytes()
     (tmp_path / "one" / "lesions.geojson").unlink()
-    predict_slide(model, slide, tmp_path)
+    predict_slide(model, small, tmp_path)
     assert (tmp_path / "one" / "lesions.geojson").read_bytes() == lesions
     with pytest.raises(BadInput, match=r"overlap 0, not 8; give another --out, or --no-resume"):
-        predict_slide(model, slide, tmp_path, overlap=8)
+        predict_slide(model, small, tmp_path, overlap=8)
     other = slides_tiny.model(tmp_path / "other.pt", Purple(steep=10))
     with pytest.raises(BadInput, match="another model"):
-        predict_slide(other, slide, tmp_path)
-    assert predict_slide(model, slide, tmp_path, overlap=8, resume=False)["settings"]["overlap"] == 8
+        predict_slide(other, small, tmp_path)
+    assert predict_slide(model, small, tmp_path, overlap=8, resume=False)["settings"]["overlap"] == 8
 
 
 def slow_work(model: str, slide: str, out: str) -> None:
@@ -208,12 +213,12 @@ def slow_work(model: str, slide: str, out: str) -> None:
         return quick(*arguments, **options)
 
     object.__setattr__(loaded, "look", look)
-    predict_slide(loaded, slide, out, batch_size=2)
+    predict_slide(loaded, slide, out, batch_size=1)
 
 
-def test_killed_and_started_again_it_ends_with_the_same_bytes(model: Path, slide: Path, tmp_path: Path) -> None:
-    predict_slide(model, slide, tmp_path / "whole", batch_size=2)
-    child = process(slow_work, str(model), str(slide), str(tmp_path / "killed"))
+def test_killed_and_started_again_it_ends_with_the_same_bytes(model: Path, small: Path, tmp_path: Path) -> None:
+    predict_slide(model, small, tmp_path / "whole", batch_size=1)
+    child = process(slow_work, str(model), str(small), str(tmp_path / "killed"))
     state = tmp_path / "killed" / "one" / ".state"
     for _ in range(600):
         if len(list(state.glob("fine*.npz"))) >= 2:
@@ -224,8 +229,8 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(model: Path, slide
     assert not (tmp_path / "killed" / "one" / "slide.json").exists()
     (state / ".fine000001.npz.0.tmp").write_bytes(b"half")
     (state / "fine000001.npz").write_bytes(b"damaged")
-    said = predict_slide(model, slide, tmp_path / "killed", batch_size=2)
-    assert 32 <= said["tiles"]["resumed"] < said["tiles"]["count"]
+    said = predict_slide(model, small, tmp_path / "killed", batch_size=1)
+    assert 16 <= said["tiles"]["resumed"] < said["tiles"]["count"]
     assert files(tmp_path / "killed" / "one") == files(tmp_path / "whole" / "one")
 
 
@@ -254,7 +259,7 @@ def test_another_model_takes_the_wide_look(model: Path, slide: Path, tmp_path: P
     assert same[wide].mean() < 0.1  # a wide tile that is surely one may hold a few of the other
 
 
-def test_early_exit_says_where_each_tile_left(slide: Path, tmp_path: Path) -> None:
+def test_early_exit_says_where_each_tile_left(small: Path, tmp_path: Path) -> None:
     class Leaves:
         classes, image_size, mpp = CLASSES, TILE, 1.0
         logits = __call__ = None
@@ -264,7 +269,7 @@ def test_early_exit_says_where_each_tile_left(slide: Path, tmp_path: Path) -> No
             return np.stack([1 - tumour, tumour], 1), np.where(tumour > 0, 2, 1)
 
     made = Model(Leaves(), "leaves", "1" * 64, mpp=1.0)  # type: ignore[arg-type]
-    said = predict_slide(made, slide, tmp_path)
+    said = predict_slide(made, small, tmp_path)
     table = pd.read_parquet(tmp_path / "one" / "tiles.parquet")
     assert ((table["exit"] == 2) == (table["prob_tumour"] == 1)).all()
     assert said["exits"] == {"1": int((table["exit"] == 1).sum()), "2": int((table["exit"] == 2).sum())}
@@ -278,9 +283,9 @@ class Pooled(Purple):
         return outputs
 
 
-def test_features_as_clam_reads_them(slide: Path, model: Path, tmp_path: Path) -> None:
+def test_features_as_clam_reads_them(small: Path, model: Path, tmp_path: Path) -> None:
     made = Model(TorchPredictor(Pooled(), CLASSES, TILE), "pooled", "2" * 64, mpp=1.0)
-    predict_slide(made, slide, tmp_path, features=True, batch_size=8)
+    predict_slide(made, small, tmp_path, features=True, batch_size=8)
     table = pd.read_parquet(tmp_path / "one" / "tiles.parquet")
     with h5py.File(tmp_path / "one" / "features.h5") as file:
         assert np.array_equal(file["coords"], table[["x", "y"]])
@@ -289,7 +294,7 @@ def test_features_as_clam_reads_them(slide: Path, model: Path, tmp_path: Path) -
     assert np.allclose(1 / (1 + np.exp(-z)), table["prob_tumour"], atol=1e-5)
     assert (tmp_path / "one" / "case.html").read_text().count("Where the network looks") == 10
     with pytest.raises(BadInput, match="need a run"):
-        predict_slide(model, slide, tmp_path / "b", features=True)
+        predict_slide(model, small, tmp_path / "b", features=True)
 
 
 def test_each_class_has_its_unet(slide: Path, model: Path, tmp_path: Path) -> None:
