@@ -197,7 +197,7 @@ def test_flags_of_distill_alone(refused, tmp_path: Path, folder: MakeFolder) -> 
 
 
 def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    refused(["train"], "needs a recipe: dsnet", "file.py:function")
+    refused(["train"], "needs a recipe: baselines, dsnet", "file.py:function")
     refused(["distill", "dsnett", "--out", tmp_path / "out"], "no recipe 'dsnett'", "dsnet")
     refused(["train", "dsnet.nurse", "--out", tmp_path / "out"], "teacher, student")
     refused(["train", "dsnet.KERAS", "--out", tmp_path / "out"], "no part 'KERAS'", "teacher, student")
