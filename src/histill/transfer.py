@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from histill.data.images import Images, few, read_unlabelled
+from histill.data.packed import pack
 from histill.deploy.deliver import deliver
 from histill.distill import read_parts
 from histill.errors import BadInput
@@ -22,14 +25,17 @@ from histill.evaluate.intervals import Judged, figures_over_seeds, figures_with_
 from histill.evaluate.judge import scores_of
 from histill.evaluate.metrics import METRICS, Scores, confusion
 from histill.evaluate.page import Card, Cards, Picture, Section, Table, Text, write_report
+from histill.evaluate.probe import probe
 from histill.evaluate.report import TITLES, difference, share, shown, shown_gain
+from histill.evaluate.robust import robustness, robustness_figure
 from histill.experiment import load_recipe
 from histill.files import locked, sweep, write_json
 from histill.loop import train
 from histill.progress import notice, say
 from histill.run import Run
+from histill.teachers import bound, open_teacher
 
-__all__ = ["check_apart", "transfer", "transfers"]
+__all__ = ["check_apart", "pretrain_alone", "transfer", "transfers"]
 
 ROLES = ("student_alone", "student_distilled")
 
@@ -123,17 +129,58 @@ def transfer(
                     for role, weights in starts.items()
                 }
             )
-        return _prove(recipe, out, images, pretrained, runs)
+        probes = _probed(pretrained, images, words, out) if not images.masks else {}
+        return _prove(recipe, out, images, pretrained, runs, probes)
 
 
-def _prove(recipe: str, out: Path, images: Images, pretrained: Run, runs: list[dict[str, Run]]) -> dict[str, Any]:
+def pretrain_alone(
+    recipe: str, unlabelled: Path, out: Path, *, teacher: str | Sequence[str], arguments: dict[str, Any], **machine: Any
+) -> dict[str, Any]:
+    """Pretrain where there are no labels to judge by: ``out/pretrained``, and ``summary.json`` with the losses."""
+    module, _ = load_recipe(recipe)
+    with locked(out):
+        sweep(out)
+        words = teacher[0] if not isinstance(teacher, str) and len(teacher) == 1 else teacher
+        run = train(module.pretrain(read_unlabelled(unlabelled), words, **arguments), out / "pretrained", **machine)
+        log = run.log
+        losses = {"first": float(log["loss"].iloc[0]), "last": float(log["loss"].iloc[-1])}
+        summary = {"recipe": recipe, "pretraining": {"loss": losses, "images": run.info["data"]["images"]["train"]}}
+        write_json(out / "summary.json", summary)
+        return summary
+
+
+def _probed(pretrained: Run, images: Images, teacher: Any, out: Path) -> dict[str, Any]:
+    """What the pretrained embedding knows without fine-tuning, beside random weights and its teacher, if that has one.
+
+    A linear probe and nearest neighbours, and a figure of how stain and scanner move the embedding. Empty where the
+    pretrained network gives no embedding, as one with a decoder does not.
+    """
+    network, size = pretrained.network(), pretrained.image_size
+    with torch.no_grad():
+        if "pooled" not in network(torch.zeros(1, 3, size, size)):
+            return {}
+    packed = pack(images, size)
+    torch.manual_seed(0)
+    asked: dict[str, Any] = {"pretrained": network, "random weights": pretrained.build().eval()}
+    sources = teacher if isinstance(teacher, list | tuple) else [teacher]
+    if len(sources) == 1:
+        asked["teacher"] = bound(open_teacher(sources[0]), packed.images)
+    say("probing the embeddings")
+    found: dict[str, Any] = {name: probe(one, packed) for name, one in asked.items()}
+    robustness_figure({name: robustness(one, packed) for name, one in asked.items()}, out / "figures" / "robust.png")
+    return found
+
+
+def _prove(
+    recipe: str, out: Path, images: Images, pretrained: Run, runs: list[dict[str, Run]], probes: dict[str, Any]
+) -> dict[str, Any]:
     """Compare, export, time, and write ``summary.json`` and ``report.html``."""
     found = {role: [scores_of(trio[role]) for trio in runs] for role in ROLES}
     over = figures_over_seeds if len(runs) > 1 else (lambda s: figures_with_intervals(s[0]))
     test: dict[str, Any] = {role: over(scores) for role, scores in found.items()}
     alone, distilled = (found[role] if len(runs) > 1 else found[role][0] for role in ROLES)
     test["gain"] = paired_gain(alone, distilled)
-    summary: dict[str, Any] = {"recipe": recipe, "test": test}
+    summary: dict[str, Any] = {"recipe": recipe, "test": test, **({"probe": probes} if probes else {})}
     _page(out, images, summary, pretrained, runs, found)  # should the export fail, what was measured is there
     say("exporting and timing")
     summary |= deliver(out, runs[0]["student_distilled"], None)
@@ -177,6 +224,16 @@ def _page(
             Picture(home / "confusion.png", "Confusion matrices, test images, first seed."),
         ]
         tables = [class_rows(told["pretrained"], images.classes)]
+    if probes := summary.get("probe"):
+        cells = [
+            [name, *(share(found[kind]["balanced_accuracy"]) for kind in ("linear", "knn"))]
+            for name, found in probes.items()
+        ]
+        note = (
+            "Balanced accuracy on the test images, nothing fine-tuned; what the probes choose is chosen on validation."
+        )
+        tables.append(Table(["", "linear probe", "nearest neighbours"], cells, "What the embedding knows", note))
+        pictures.append(Picture(home / "robust.png", "How stain and scanner move the embedding, and what that costs."))
     held = counts(chosen.info, chosen.predictions)
     low, high = gain[main]["low"], gain[main]["high"]
     verdict = "helped" if low is not None and low > 0 else "did harm" if high is not None and high < 0 else None

@@ -374,8 +374,9 @@ def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: d
     else:
         _check_free(out)
     _cut(out, values)
+    alone = values["unlabelled"] is None and values["data"] is not None and _only_images(Path(values["data"]))
     for needed in ("data", "unlabelled"):
-        if values[needed] is None:
+        if values[needed] is None and not alone:
             raise BadInput(LACKING[needed])
     if not values["teacher"]:
         raise BadInput(f"--teacher: {name} learns from one; see histill distill {name} --help")
@@ -384,6 +385,17 @@ def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: d
         n.removeprefix("pretrain_"): v for n, v in values.items() if n.startswith("pretrain_") and v is not None
     }
     pretrain |= {n: values[n] for n in _PRETRAINED if n in known}
+    if alone:
+        from histill.transfer import pretrain_alone
+
+        machine = {n: values[n] for n in ("device", "precision", "resume")}
+        say(f"{values['data']} has no labels: the backbone is pretrained, and there is nothing to judge it by")
+        record = {n: plain(v) for n, v in values.items() if n != "resume"}
+        write_json(out / "distill.json", {"recipe": name, "arguments": record})
+        own = pretrain | {"seed": values["seed"]}
+        pretrain_alone(name, Path(values["data"]), out, teacher=values["teacher"], arguments=own, **machine)
+        say(f"{out / 'pretrained' / 'report.html'}")
+        return
     _check_trains(module.finetune(data=read_data(values), **{n: values[n] for n in finetune}))
     write_json(
         out / "distill.json", {"recipe": name, "arguments": {n: plain(v) for n, v in values.items() if n != "resume"}}
@@ -402,6 +414,16 @@ def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: d
     _judge_slides(out, values, ("student_alone", "student_distilled"))
     print(summary_lines(summary))  # noqa: T201
     print(f"report: {out / 'report.html'}")  # noqa: T201
+
+
+def _only_images(folder: Path) -> bool:
+    """Whether ``folder`` holds images and no folders: nothing says what they are."""
+    from histill.data.decode import EXTENSIONS
+
+    if not folder.is_dir():
+        return False
+    below = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    return any(p.suffix.lower() in EXTENSIONS for p in below) and not any(p.is_dir() for p in below)
 
 
 def summary_lines(summary: dict[str, Any]) -> str:

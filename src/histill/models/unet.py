@@ -69,8 +69,8 @@ class UNet(nn.Module):
     def __init__(self, classes: int = 2, backbone: str = "CSAT", weights: str | None = None, **arguments: Any) -> None:
         super().__init__()
         self.backbone: CSAT | ResNet18SAT | Timm
-        if backbone in ("CSAT", "ResNet18SAT"):
-            self.backbone = (CSAT if backbone == "CSAT" else ResNet18SAT)(1, weights=weights, **arguments)
+        if backbone.lower() in ("csat", "resnet18sat"):
+            self.backbone = (CSAT if backbone.lower() == "csat" else ResNet18SAT)(1, weights=weights, **arguments)
             widths = self.backbone.widths
         else:
             self.backbone = Timm(backbone, 0, weights, **arguments)

@@ -37,14 +37,14 @@ def start(make: partial[nn.Module], weights: str) -> partial[nn.Module]:
 
 
 def backbone(network: str, image_size: int, classes: int) -> partial[nn.Module]:
-    """The network by its name: CSAT, CSAT-plain (without SAT), ResNet18SAT, or a timm name.
+    """The network by its name: CSAT, CSAT-plain (without SAT), ResNet18SAT (in any case), or a timm name.
 
     Without classes it ends in its pooled features.
     """
-    ours: dict[str, Callable[..., nn.Module]] = {"CSAT": CSAT, "CSAT-plain": CSAT, "ResNet18SAT": ResNet18SAT}
-    if network in ours:
-        plain = {"sat": False} if network == "CSAT-plain" else {}
-        return partial(ours[network], classes=classes or 1, **plain)  # a head of one class is never asked
+    ours: dict[str, Callable[..., nn.Module]] = {"csat": CSAT, "csat-plain": CSAT, "resnet18sat": ResNet18SAT}
+    if (known := network.lower()) in ours:
+        plain = {"sat": False} if known == "csat-plain" else {}
+        return partial(ours[known], classes=classes or 1, **plain)  # a head of one class is never asked
     make: Callable[..., nn.Module] = Timm
     return partial(make, name=network, classes=classes, **sized(network, image_size))
 

@@ -215,7 +215,7 @@ def supervised(
 
 
 def _masked(network: str, image_size: int) -> partial[nn.Module]:
-    if network in ("CSAT", "ResNet18SAT"):
+    if network.lower() in ("csat", "resnet18sat"):
         raise BadInput(
             f"--method mae hides patches of a vision transformer, such as vit_base_patch16_224, not {network}"
         )

@@ -41,6 +41,9 @@ PATCH = Augment(hflip=True, vflip=True, rotate=180, zoom=0.5, brightness=0.1, co
 TISSUE = Augment(hflip=True, vflip=True, rotate=180, zoom=0.1, brightness=0.1, contrast=0.1, saturation=0.1, hue=0.05)
 
 
+_WITH_PEG = ("csat", "csat-plain", "resnet18sat")
+
+
 def outlines(student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
     """StarDist's own loss: how central each pixel is in its nucleus, and how far the edge is along 32 rays."""
     if batch.masks is None:
@@ -277,7 +280,7 @@ def finetune(
     return Experiment(
         data=data,
         student=start(make, weights),
-        frozen=("*.peg.*",) if freeze == "peg" and weights != "none" and network in ("CSAT", "ResNet18SAT") else (),
+        frozen=("*.peg.*",) if freeze == "peg" and weights != "none" and network.lower() in _WITH_PEG else (),
         objective=partial(labelled, alpha=alpha, gamma=gamma),
         image_size=image_size,
         augment=TISSUE if augment == "tissue" else NONE,
