@@ -36,9 +36,9 @@ def mask(path: Path, *boxes: tuple[int, int, int, int], size: int = 24, values: 
     Image.fromarray(pixels).save(path)
 
 
-def bach(folder: Path) -> None:
+def bach(folder: Path, each: int = 3) -> None:
     for label, prefix in (("Benign", "b"), ("InSitu", "is"), ("Invasive", "iv"), ("Normal", "n")):
-        for n in range(1, 4):
+        for n in range(1, each + 1):
             image(folder / "ICIAR2018_BACH_Challenge/Photos" / label / f"{prefix}{n:03d}.tif")
     text(folder / "ICIAR2018_BACH_Challenge/Photos/microscopy_ground_truth.csv", "n001.tif,Normal")
     text(folder / "ICIAR2018_BACH_Challenge/Photos/Normal/Thumbs.db", "")
@@ -94,6 +94,30 @@ def breakhis(folder: Path) -> None:
             for power in ("40", "100", "200", "400"):
                 name = f"SOB_{short}-{slide}-{power}-001.png"
                 image(home / place / f"SOB_{short}_{slide}" / f"{power}X" / name)
+
+
+SLIDES_AT_40 = {
+    "benign/SOB/fibroadenoma/SOB_B_F": "14134:36 14134E:29 25197:22 29960AB:18 23060CD:14 23060AB:23 9133:26 "
+    "23222AB:17 21998CD:37 21998EF:31",
+    "benign/SOB/tubular_adenoma/SOB_B_TA": "21978AB:16 3411F:16 16184:39 15275:12 16184CD:35 19854C:16 13200:15",
+    "benign/SOB/phyllodes_tumor/SOB_B_PT": "21998AB:58",
+    "malignant/SOB/ductal_carcinoma/SOB_M_DC": "18650:29 15572:23 2980:20 15792:14 13412:32 6241:32 11520:25 5694:22 "
+    "5695:23 16716:38 2773:30 17614:39 2523:10 4364:1 14015:18 16336:13 15696:23 12312:32 4372:21 11031:14 16188:24 "
+    "9461:26 5287:23 11951:27 16601:12 13993:37 10926:11 20629:36 16448:11 16875:14 3909:26 17915:26 2985:20 17901:26 "
+    "20636:25 8168:10 14946:31 14926:20",
+    "malignant/SOB/mucinous_carcinoma/SOB_M_MC": "18842:15 13418DE:15 18842D:16 13413:29 16456:46 12773:26 10147:15 "
+    "19979:26 19979C:17",
+}
+"""How many images BreaKHis has at 40x of each slide (of 2014): all of the kinds that eva uses, and one of another."""
+
+
+def breakhis_at_40(folder: Path) -> None:
+    home = folder / "BreaKHis_v1/histology_slides/breast"
+    for place, slides in SLIDES_AT_40.items():
+        kind = place.rpartition("/")[2]
+        for slide, count in (said.split(":") for said in slides.split()):
+            for n in range(int(count)):
+                image(home / f"{place}_14-{slide}/40X/{kind}-14-{slide}-40-{n + 1:03d}.png", size=8)
 
 
 def lymphoma(folder: Path) -> None:

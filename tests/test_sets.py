@@ -52,7 +52,11 @@ def pixels(folder: Path, row: dict[str, str]) -> NDArray[np.int64]:
 # The contract, for every set
 
 
-@pytest.mark.parametrize("data", SETS.values(), ids=SETS)
+@pytest.mark.parametrize(
+    "data",
+    [*SETS.values(), *(data.eva for data in SETS.values() if data.eva)],
+    ids=[*SETS, *(f"{name}-by-eva" for name, data in SETS.items() if data.eva)],
+)
 def test_a_record_is_complete(data: DataSet) -> None:
     assert re.fullmatch(r"[a-z0-9-]+", data.name)
     for words in (data.what, data.use, data.licence, data.citation, data.split, data.patient, data.pitfalls):

@@ -71,40 +71,44 @@ def cifar(archive: Path, out: Path) -> None:
 
 
 @data_app.command
-def fetch(name: str | None = None, *, out: Path | None = None, by: Literal["patient", "image"] = "patient") -> None:
+def fetch(
+    name: str | None = None, *, out: Path | None = None, by: Literal["patient", "image", "eva"] = "patient"
+) -> None:
     """A published data set by name: download, verify, unpack, manifest; without a name the list of them.
 
     Args:
         name: which one.
         out: its folder (default: called like it); run again, it goes on where it stopped.
-        by: patient keeps everybody in one split; image is the protocol of the literature, patients not looked at.
+        by: patient keeps everybody in one split; image is the protocol of the literature, patients not looked at; eva
+            has the splits of the eva benchmark, its validation part as the test.
     """
     from histill.data.fetch import fetch as work
     from histill.data.fetch import next_command
-    from histill.data.sets import SETS, listing
+    from histill.data.sets import SETS, chosen, listing
 
     if name is None:
         show(listing(SETS.values()))
         return
     path = work(name, out, by=by)
-    show(f"{path}\nnext: {next_command(SETS[name], path)}")
+    show(f"{path}\nnext: {next_command(chosen(SETS[name], by), path)}")
 
 
 @data_app.command
-def manifest(name: str, folder: Path, *, by: Literal["patient", "image"] = "patient") -> None:
+def manifest(name: str, folder: Path, *, by: Literal["patient", "image", "eva"] = "patient") -> None:
     """The manifest of a published data set that is there already, in its published layout.
 
     Args:
         name: which one (histill data fetch lists them).
         folder: where it lies; the manifest is written into it.
-        by: patient keeps everybody in one split; image is the protocol of the literature, patients not looked at.
+        by: patient keeps everybody in one split; image is the protocol of the literature, patients not looked at; eva
+            has the splits of the eva benchmark, its validation part as the test.
     """
     from histill.data.fetch import next_command
-    from histill.data.sets import get
+    from histill.data.sets import chosen, get
     from histill.data.sets import manifest as work
 
     path = work(get(name), folder, by=by)
-    show(f"{path}\nnext: {next_command(get(name), path)}")
+    show(f"{path}\nnext: {next_command(chosen(get(name), by), path)}")
 
 
 @data_app.command

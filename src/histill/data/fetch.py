@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from histill.data.archives import gunzip, unpack
-from histill.data.sets import DataSet, File, get, manifest
+from histill.data.sets import DataSet, File, chosen, get, manifest
 from histill.data.sets._manifest import By
 from histill.errors import BadInput, Failed
 from histill.files import locked, read_json, sweep, write_json
@@ -46,10 +46,12 @@ def fetch(name: str, out: str | Path | None = None, *, by: By = "patient") -> Pa
         by: as for `histill.data.sets.manifest`.
 
     Raises:
-        BadInput: no such data set; files that have to be asked for are missing, with the page where.
+        BadInput: no such data set, or no split of eva; files that have to be asked for are missing, with the page
+            where.
         Failed: the server does not answer, sends something else, or a checksum is wrong.
     """
     data = get(name)
+    chosen(data, by)  # before hours of downloading
     folder = Path(name if out is None else out)
     with locked(folder):
         sweep(folder)

@@ -22,12 +22,12 @@ from histill.data.sets import (
     sipakmed,
     tnbc,
 )
-from histill.data.sets._manifest import manifest, read
+from histill.data.sets._manifest import chosen, manifest, read
 from histill.data.sets._page import listing, page
 from histill.data.sets._record import DataSet, File, Row
 from histill.errors import BadInput
 
-__all__ = ["SETS", "DataSet", "File", "Row", "get", "listing", "manifest", "page", "read"]
+__all__ = ["SETS", "DataSet", "File", "Row", "chosen", "get", "listing", "manifest", "page", "read"]
 
 _MODULES = (
     bach,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from histill.data.images import of_each
 from histill.data.sets._record import DataSet, Row
@@ -16,10 +16,25 @@ from histill.progress import notice
 if TYPE_CHECKING:
     from histill.data.images import Images
 
-__all__ = ["By", "manifest", "read"]
+__all__ = ["By", "chosen", "manifest", "read"]
 
-By = Literal["patient", "image"]
+By = Literal["patient", "image", "eva"]
 _GUARDED = ("test", "val", "train", "")
+
+
+def chosen(data: DataSet, by: By) -> DataSet:
+    """The data set as it is read ``by``: another record where that is by eva.
+
+    Raises:
+        BadInput: no such protocol, or eva has no split of this data set.
+    """
+    if by not in get_args(By):
+        raise BadInput(f"--by {by}: patient, image or eva")
+    if by != "eva":
+        return data
+    if data.eva is None:
+        raise BadInput(f"--by eva: the eva benchmark has no split of {data.name}; give --by patient or --by image")
+    return data.eva
 
 
 def manifest(data: DataSet, folder: str | Path, *, by: By = "patient") -> Path:
@@ -33,25 +48,28 @@ def manifest(data: DataSet, folder: str | Path, *, by: By = "patient") -> Path:
         data: which data set it is.
         folder: where it lies.
         by: ``patient``: nobody is in two splits; where the published split divides patients it is left out, and what
-            comes next splits by patient. ``image``: the protocol of the literature, patients not looked at.
+            comes next splits by patient. ``image``: the protocol of the literature, patients not looked at. ``eva``:
+            the splits of the eva benchmark, where it has them.
 
     Raises:
-        BadInput: no such folder, or another layout.
+        BadInput: no such folder, another layout, or no split of eva.
     """
+    data = chosen(data, by)
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder")
-    if by not in ("patient", "image"):
-        raise BadInput(f"--by {by}: patient or image")
     rows = list(data.rows(folder))
     if not rows:
         raise BadInput(f"{folder}: no images of {data.name} in it; unpack the data set as it was published")
     if data.task == "labels" and (odd := sorted({row.label for row in rows} - set(data.classes))):
         raise BadInput(f"{folder}: {', '.join(map(repr, odd))} is no class of {data.name}: {', '.join(data.classes)}")
     _compare(data, rows, folder)
-    path = folder / f"{data.manifest}{'' if by == 'patient' else '_image'}.csv"
-    rows = _apart(data, rows) if by == "patient" else [row._replace(patient="") for row in rows]
-    _write(path, folder, _once(data, rows))
+    path = folder / f"{data.manifest}{'_image' if by == 'image' else ''}.csv"
+    if by == "patient":
+        rows = _apart(data, rows)
+    elif by == "image":
+        rows = [row._replace(patient="") for row in rows]
+    _write(path, folder, _once(data, rows, by))
     return path
 
 
@@ -64,6 +82,7 @@ def read(data: DataSet, folder: str | Path, *, by: By = "patient") -> Images:
     from histill.data import read_images, read_masks
 
     path = manifest(data, folder, by=by)
+    data = chosen(data, by)
     if data.task == "labels":
         return read_images(path)
     kind: Literal["classes", "instances"] = "classes" if data.task == "masks" else "instances"
@@ -96,14 +115,18 @@ def _apart(data: DataSet, rows: list[Row]) -> list[Row]:
     return [row._replace(split="") for row in rows]
 
 
-def _once(data: DataSet, rows: list[Row]) -> list[Row]:
-    """The rows, without copies of a picture that contradict one another."""
+def _once(data: DataSet, rows: list[Row], by: By) -> list[Row]:
+    """The rows, without copies of a picture that contradict one another.
+
+    eva's test keeps what is there for two patients, such as a blank tile: it is what its figures are of.
+    """
+    said = [(row.label, "" if (by, row.split) == ("eva", "test") else row.patient, row.split) for row in rows]
     alike: dict[str, list[int]] = defaultdict(list)
     for place, content in enumerate(of_each([row.path for row in rows], file_digest, "looking for copies")):
         alike[content].append(place)
     left: set[int] = set()
     for places in alike.values():
-        if len({(rows[i].label, rows[i].patient, rows[i].split) for i in places}) > 1:
+        if len({said[i] for i in places}) > 1:
             left |= set(sorted(places, key=lambda i: (_GUARDED.index(rows[i].split), i))[1:])
     if left:
         notice(f"{data.name}: {len(left)} copies of other images, with another label, patient or split, are left out")

@@ -37,18 +37,25 @@ def page(sets: Iterable[DataSet]) -> str:
     for _, same in groupby(sets, key=lambda data: (data.citation, data.classes)):
         data, *others = same
         what = data.what.rpartition("; ")[0] if others else data.what  # the size is in the name
-        counts = ", ".join(f"{split} {count:,}".strip() for split, count in data.images.items())
         learnt = f"{len(data.classes)} classes" if data.task == "labels" else f"{data.task}: {', '.join(data.classes)}"
         cells = (
             ", ".join([f"[`{data.name}`]({data.homepage})", *(f"`{other.name}`" for other in others)]),
             f"{what}; {learnt}. For {data.use}. {data.citation}.",
-            f"{counts}. {_sentence(data.split)}",
+            f"{_counts(data)}. {_sentence(data.split)}{_eva(data)}",
             _sentence(data.patient),
             data.pitfalls,
             f"{_sentence(data.licence)} {_access(data)}",
         )
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _counts(data: DataSet) -> str:
+    return ", ".join(f"{split} {count:,}".strip() for split, count in data.images.items())
+
+
+def _eva(data: DataSet) -> str:
+    return f" --by eva: {_counts(data.eva)}; {data.eva.split}." if data.eva else ""
 
 
 def _access(data: DataSet) -> str:

@@ -71,6 +71,8 @@ class DataSet:
         command: what to run next.
         access: what to do where the files have to be asked for.
         manifest: what the manifest is called; another name where two data sets share their files.
+        eva: the same in the splits of the eva benchmark (kaiko-ai/eva 0.4.5), None where it has none. What eva calls
+            validation and reports on is ``test`` here, so that nothing is chosen on it.
         rows: reads a folder in the published layout.
     """
 
@@ -93,6 +95,7 @@ class DataSet:
     command: str = "distill dsnet"
     access: str = ""
     manifest: str = "manifest"
+    eva: DataSet | None = None
 
     @property
     def total(self) -> int:

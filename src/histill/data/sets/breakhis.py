@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from histill.data.sets._record import DataSet, File, Row, find, pictures
@@ -11,18 +12,40 @@ from histill.errors import BadInput
 
 __all__ = ["SETS"]
 
-_NAME = re.compile(r"SOB_[BM]_[A-Z]+-(\d+-\d+)[A-Z]*-(\d+)-\d+")
+_NAME = re.compile(r"SOB_[BM]_(?P<kind>[A-Z]+)-(?P<slide>(?P<case>\d+-\d+)[A-Z]*)-(?P<power>\d+)-\d+")
+_EVA_KINDS = ("DC", "F", "MC", "TA")
+_EVA_TEST = (
+    *("14-2773", "14-3909", "14-5287", "14-5695", "14-15792", "14-16716", "14-16875"),  # DC
+    *("14-21998CD", "14-21998EF", "14-23060CD"),  # F
+    *("14-18842D", "14-19979"),  # MC
+    *("14-15275", "14-16184CD"),  # TA
+)
+"""The slides that eva validates on (its ``breakhis.py``)."""
 
 
 def rows(folder: Path) -> Iterator[Row]:
     """``.../breast/benign/SOB/adenosis/SOB_B_A_14-22549AB/40X/SOB_B_A-14-22549AB-40-001.png``; the site is ``40X``."""
+    for path, label, name in _named(folder):
+        yield Row(path, label, patient=name["case"], site=f"{name['power']}X")
+
+
+def _eva(folder: Path) -> Iterator[Row]:
+    """Four kinds of tumour at 40x; slides of one case that differ by a letter are patients of their own to eva."""
+    for path, _, name in _named(folder):
+        if name["power"] == "40" and name["kind"] in _EVA_KINDS:
+            slide = name["slide"]
+            yield Row(path, name["kind"], patient=slide, split="test" if slide in _EVA_TEST else "train", site="40X")
+
+
+def _named(folder: Path) -> Iterator[tuple[Path, str, re.Match[str]]]:
+    """Every image, its class and what its name says."""
     home = find(folder, "BreaKHis_v1", "histology_slides", "breast")
     for label in BREAKHIS.classes:
         for place in sorted(home.glob(f"{label}/SOB/*/*/*X")):
             for path in pictures(place, ".png"):
                 if (match := _NAME.match(path.stem)) is None:
                     raise BadInput(f"{path}: no name of this data set, such as SOB_B_A-14-22549AB-40-001.png")
-                yield Row(path, label, patient=match[1], site=f"{match[2]}X")
+                yield path, label, match
 
 
 BREAKHIS = DataSet(
@@ -43,4 +66,14 @@ BREAKHIS = DataSet(
     rows=rows,
     flags="--val 0.2 --test 0.2",
 )
-SETS = (BREAKHIS,)
+EVA = replace(
+    BREAKHIS,
+    classes=_EVA_KINDS,
+    images={"train": 1_132, "test": 339},
+    split="DC, F, MC and TA at 40x; letters count as patients, so cases 16184, 18842, 19979 and 23060 are in both",
+    patient="year, number and letters in the file name (14-18842D)",
+    rows=_eva,
+    flags="--val 0.2",
+    manifest="manifest_eva",
+)
+SETS = (replace(BREAKHIS, eva=EVA),)

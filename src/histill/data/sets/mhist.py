@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from histill.data.sets._record import DataSet, File, Row, find, read_csv
@@ -39,4 +40,5 @@ MHIST = DataSet(
     rows=rows,
     access="fill in the form on its page; the links to annotations.csv and images.zip come by mail",
 )
-SETS = (MHIST,)
+EVA = replace(MHIST, split="as published", manifest="manifest_eva")
+SETS = (replace(MHIST, eva=EVA),)

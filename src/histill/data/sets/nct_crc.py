@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from histill.data.sets._record import DataSet, File, Row, find, pictures
@@ -47,4 +48,5 @@ NCT_CRC = DataSet(
     rows=rows,
     flags="--val 0.2",
 )
-SETS = (NCT_CRC,)
+EVA = replace(NCT_CRC, split="as published", manifest="manifest_eva")
+SETS = (replace(NCT_CRC, eva=EVA),)

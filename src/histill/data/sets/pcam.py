@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,4 +97,5 @@ PCAM = DataSet(
     "twice (Kaggle's copy is without them). As PNG about 7 GB in 327,680 files.",
     rows=rows,
 )
-SETS = (PCAM,)
+EVA = replace(PCAM, split="as published, and its val is val", manifest="manifest_eva")
+SETS = (replace(PCAM, eva=EVA),)
