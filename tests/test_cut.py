@@ -58,7 +58,7 @@ def test_labels_are_those_of_a_pixel_by_pixel_count(folder: Path) -> None:
     assert {(int(r.x), int(r.y)): r.label for r in rows.itertuples()} == expected
     assert set(expected.values()) == {"cm", "bcc", "background"}
     assert found.patches == {name: list(expected.values()).count(name) for name in ("cm", "bcc", "background")}
-    assert list(rows) == ["path", "label", "patient", "site", "slide", "x", "y"]
+    assert list(rows) == ["path", "label", "patient", "site", "slide", "mpp", "x", "y"]
     assert set(rows["patient"]) == {"TCGA-AB-1234"}
     assert set(rows["site"]) == {"AB"}
     row = rows.iloc[0]

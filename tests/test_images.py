@@ -257,7 +257,10 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
     rows=st.lists(st.lists(TEXT, min_size=len(COLUMNS), max_size=len(COLUMNS)), min_size=1, max_size=5),
     classes=st.lists(TEXT, min_size=1, max_size=4),
 )
-@example(rows=[["a\r\nb", "\r", "\t", '"', "#", "NA", " ", *[""] * (len(COLUMNS) - 7)]], classes=["tab\tin it", "line\nin it", " "])
+@example(
+    rows=[["a\r\nb", "\r", "\t", '"', "#", "NA", " ", *[""] * (len(COLUMNS) - 7)]],
+    classes=["tab\tin it", "line\nin it", " "],
+)
 @settings(max_examples=40, deadline=None)
 def test_a_saved_table_loads_equal(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]], classes: list[str]

@@ -119,7 +119,7 @@ def test_any_map_gives_valid_outlines_that_do_not_overlap(seed: int, smooth: int
     assert union.area == pytest.approx(sum(area.values()), rel=1e-6)
     assert union.area <= made.covered.sum() * PIXEL**2 * 1.05 + 1e-9
     for lesion in found:
-        assert 0 <= lesion.probability <= lesion.peak_probability + 1e-6
+        assert 0 <= lesion.probability <= lesion.peak_probability + 1e-5  # float32
         hull = np.asarray(lesion.polygon.exterior.coords)
         longest = max(math.dist(a, b) for a, b in combinations(hull.tolist(), 2))
         assert lesion.diameter_um == pytest.approx(longest * UM / PIXEL)

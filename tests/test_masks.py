@@ -22,6 +22,7 @@ from histill.data import Augment, Images, pack, read_images, read_masks, read_un
 from histill.data.masks import has_masks
 from histill.data.views import NONE, follow, render
 from histill.errors import BadInput
+from histill.evaluate.intervals import figures_with_intervals
 from histill.evaluate.masks import MaskScores, label_map, scores
 from histill.files import file_digest
 from histill.types import Batch, Outputs, Terms
@@ -72,6 +73,24 @@ def test_a_mask_that_cannot_be_one_is_one_clear_line(tmp_path: Path) -> None:
     refused("large", np.zeros((25, 24), np.uint8), "not as large")
     refused("coloured", np.arange(24 * 24 * 3, dtype=np.uint8).reshape(24, 24, 3), "coloured")
     refused("many", np.full((24, 24), 7, np.uint8), "holds class 7")
+    Image.new("L", (24, 24)).save(tmp_path / "many" / "masks" / "i01.png")
+    root = write_pairs(tmp_path / "turned", 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(root / "images" / "i01.png").save(root / "images" / "i01.png", exif=exif)
+    with pytest.raises(BadInput, match="turned by its EXIF tag"):
+        read_masks(root)
+    root = write_pairs(tmp_path / "jpeg", 3)
+    (root / "masks" / "i01.png").unlink()
+    Image.fromarray(np.arange(576, dtype=np.uint8).reshape(24, 24)).save(root / "masks" / "i01.jpg")
+    with pytest.raises(BadInput, match="JPEG changes the numbers"):
+        read_masks(root)
+    root = write_pairs(tmp_path / "doubt", 3)
+    Image.fromarray(np.tile(np.array([0, 1, 255], np.uint8), (24, 8))).save(root / "masks" / "i01.png")
+    with pytest.raises(BadInput, match="is 255 a class or unknown"):
+        read_masks(root)
+    with pytest.raises(BadInput, match="a name is there twice"):
+        read_masks(write_pairs(tmp_path / "twice", 2), classes=("a", "a"))
     root = write_pairs(tmp_path / "gone", 3)
     (root / "masks" / "i02.png").unlink()
     with pytest.raises(BadInput, match=r"no mask of the same name: i02\.png"):
@@ -149,6 +168,21 @@ def test_iou_and_dice_are_of_the_sums_over_all_images() -> None:
     expected = {"miou": sum(iou) / 2, "mdice": sum(dice) / 2, "iou_a": iou[0], "iou_b": iou[1], "dice_b": dice[1]}
     assert {name: float(found[name][0]) for name in expected} == pytest.approx(expected)
     assert float(found["pixel_accuracy"][0]) == pytest.approx(36 / 45)
+
+
+def test_a_resample_without_a_class_does_not_estimate_the_mean() -> None:
+    """A rare class in one of six patients: intervals are of resamples that hold it, as those of labels are."""
+    counts = np.zeros((6, 2, 3))
+    counts[:, 0, 0], counts[:, 0, 2] = 90, 10
+    counts[0, 1] = (20, 0, 60)
+    found = MaskScores(counts, np.arange(6), ("common", "rare"))
+    without = np.ones((6, 1))
+    without[0] = 0
+    assert np.isnan(found.figures(without, names=["miou"])["miou"][0])
+    figure = figures_with_intervals(found, names=["miou"])["miou"]
+    assert figure["low"] <= figure["value"] <= figure["high"] < 0.7
+    absent = MaskScores(counts[1:], np.arange(5), ("common", "rare")).figures(names=["miou"])["miou"]
+    assert float(absent[0]) == pytest.approx(0.9)  # nowhere in the truth: not a class of these images
 
 
 def test_weights_of_units_count_their_images_as_often() -> None:

@@ -229,6 +229,6 @@ def test_steps_are_those_of_the_benchmark(data: Images) -> None:
 def test_every_loss_with_a_teacher_has_its_row() -> None:
     # DSNet's equation, multi-exit networks and masks have recipes of their own, and so have foundation models.
     elsewhere = {"soft_cross_entropy", "self_distillation", "be_your_own_teacher", "dice", "focal", "cross_entropy"}
-    elsewhere |= {"Projection", "cosine", "smooth_l1"}
+    elsewhere |= {"Projection", "cosine", "smooth_l1", "star_loss"}
     used = {name for name in losses.__all__ if name in vars(__import__("histill.recipes._methods", fromlist=["x"]))}
     assert used - {"cross_entropy"} == {n for n in losses.__all__ if n != "GUIDE"} - elsewhere

@@ -72,8 +72,24 @@ def test_windows_are_the_images_own_pixels_with_their_masks_and_patients(tmp_pat
     batch = pack(cut, 48).batch(np.arange(2))
     assert batch.masks is not None
     assert torch.equal(batch.masks[1, :40], torch.from_numpy(mask[:, 24:72].astype(np.int64)))
-    assert torch.equal(batch.masks[1, 40:], torch.from_numpy(mask[32:40, 24:72][::-1].astype(np.int64)))  # mirrored
+    assert (batch.masks[1, 40:] == -1).all()  # the picture is mirrored there, and a nucleus would be two
+    assert torch.equal(batch.images[1, :, 40:], batch.images[1, :, 32:40].flip(1))
     assert torch.allclose(batch.images[0, :, :40], torch.from_numpy(picture[:, :48]).permute(2, 0, 1) / 255)
+
+
+def test_blank_windows_are_no_leak(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for i, split_ in enumerate(("train", "val", "test")):
+        picture = np.full((64, 128, 3), 255, np.uint8)
+        picture[:, 64:] = np.random.default_rng(i).integers(0, 255, (64, 64, 3))
+        Image.fromarray(picture).save(tmp_path / f"images/{split_}.png")
+        Image.fromarray((picture[..., 0] < 99).astype(np.uint16)).save(tmp_path / f"masks/{split_}.png")
+    rows = [f"images/{s}.png,masks/{s}.png,{s}" for s in ("train", "val", "test")]
+    (tmp_path / "m.csv").write_text("path,mask,split\n" + "\n".join(rows))
+    cut = windows(read_masks(tmp_path / "m.csv"), 64)
+    assert len(cut) == 3  # a white half of each is left out
+    assert len(pack(cut, 64).images) == 3
 
 
 def test_background_is_left_out_by_mean_intensity_and_stain(tmp_path: Path) -> None:
@@ -186,9 +202,11 @@ def test_the_pretrained_backbone_starts_classifier_and_segmenter(
     assert len(shared) > 20
     assert all(torch.equal(ours[name], theirs[f"backbone.{name}"]) for name in shared if ours[name].ndim)
     assert hs.train(fine, tmp_path / "fine").finished
-    glands = split(read_masks(tissue / "manifest.csv", kind="classes", classes=tuple("abcdefghijklmnopqrst" * 9)[:90]))
     if network == "CSAT":
-        dense = rckd.finetune(glands, weights=str(run.path), **tiny)
+        numbered = split(read_masks(tissue / "manifest.csv", kind="instances"), val=0.25, test=0.25)
+        dense = rckd.finetune(numbered, weights=str(run.path), **tiny)
+        drawn = hs.train(dense, tmp_path / "dense")  # any nucleus is the class nucleus
+        assert set(drawn.metrics["test"]) >= {"miou", "iou_nucleus"}
         assert isinstance(dense.student(), UNet)
         assert torch.equal(dense.student().state_dict()["backbone.norm.weight"], theirs["backbone.norm.weight"])
 
@@ -209,6 +227,22 @@ def test_position_encodings_stay_as_pretraining_left_them(tissue: Path, tmp_path
     assert rckd.finetune(table(tmp_path / "d"), image_size=32).frozen == ()
     with pytest.raises(BadInput, match="no parameter named nothing"):
         hs.train(partial(hs.Experiment, **vars(made) | {"frozen": ("nothing",)})(), tmp_path / "other")
+
+
+def test_a_run_judged_on_its_own_test_images_again_says_the_same(tissue: Path, segmenter: Path, tmp_path: Path) -> None:
+    run = hs.Run.open(segmenter)
+    frame = run.data.frame
+    test = frame[frame["split"] == "test"]
+    (tmp_path / "m.csv").write_text("path,mask\n")
+    for kind in ("path", "mask"):
+        for file in test[kind]:
+            target = tmp_path / Path(file).name
+            target.write_bytes((run.data.root / file).read_bytes())
+    rows = [f"{Path(p).name},{Path(m).name}" for p, m in zip(test["path"], test["mask"])]
+    (tmp_path / "m.csv").write_text("path,mask\n" + "\n".join(rows))
+    again = hs.evaluate(run, tmp_path / "m.csv")["data"]
+    for name in ("miou", "object_f1"):
+        assert again[name]["value"] == pytest.approx(run.metrics["test"][name]["value"], abs=1e-6)
 
 
 def test_what_does_not_fit_is_one_clear_line(tissue: Path, tmp_path: Path) -> None:
@@ -249,5 +283,10 @@ def test_distill_rckd_pretrains_once_and_compares_with_random_weights(
 def test_patches_that_are_test_images_are_a_leak(segmenter: Path, tmp_path: Path, capsys: Any) -> None:
     table(tmp_path / "data", count=48, size=40)
     words = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--teacher", str(segmenter)]
-    assert cli.run(["distill", "rckd", *words, "--unlabelled", str(tmp_path / "data")]) == 2
+    for i, path in enumerate(sorted((tmp_path / "data").rglob("*.png"))):
+        again = tmp_path / "again" / f"{i}.bmp"  # other files, the same pictures
+        again.parent.mkdir(exist_ok=True)
+        Image.open(path).save(again)
+    assert cli.run(["distill", "rckd", *words, "--unlabelled", str(again.parent)]) == 2
     assert "leak" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # nothing was begun

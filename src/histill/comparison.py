@@ -31,7 +31,7 @@ class Comparison:
     def __str__(self) -> str:
         runs, gains = self.summary["runs"], self.summary["gain"]
         width = max(len(name) for name in runs) + 2
-        shown_here = [metric for metric in _SHOWN if metric in next(iter(runs.values()))]
+        shown_here = [metric for metric in _SHOWN if all(metric in run for run in runs.values())]
         lines = [f"{'':{width}}" + "".join(f"{name.replace('_', ' '):28}" for name in shown_here)]
         lines += [f"{name:{width}}" + "".join(f"{shown(m, r[m]):28}" for m in shown_here) for name, r in runs.items()]
         first = next(iter(runs))
@@ -81,9 +81,13 @@ def compare(*runs: Run | str | Path, split: str = "test") -> Comparison:
 
 
 def _images(run: Run, split: str) -> list[tuple[str, ...]]:
-    """What the run was judged on: names, pixels and labels."""
+    """What the run was judged on: names, pixels, labels and masks."""
     frame = run.data.frame
-    return sorted(frame.loc[frame["split"] == split, ["path", "content", "label"]].itertuples(index=False, name=None))
+    return sorted(
+        frame.loc[frame["split"] == split, ["path", "content", "label", "mask_content"]].itertuples(
+            index=False, name=None
+        )
+    )
 
 
 def _distinct(paths: list[Path]) -> list[str]:

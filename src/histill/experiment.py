@@ -63,7 +63,8 @@ class Experiment:
         patience: stop after so many epochs without a better validation figure, if any.
         select: which epoch's weights are kept: that with the best ``balanced_accuracy`` (the default), ``accuracy``,
             ``auroc`` or ``loss`` on validation (ties: the lower validation loss, then the earlier epoch), or the
-            ``last``. Of masks ``miou`` (the default), ``mdice``, ``loss`` or ``last``; of unlabelled images ``last``.
+            ``last``. Of masks ``miou`` (the default), ``mdice``, ``loss``, ``last`` or, of nuclei, ``object_f1``; of
+            unlabelled images ``last``.
         seed: of initialisation, order, views and dropout.
         positive: the class that sensitivity and specificity are about (default: the mean over all classes).
         strict: an unreadable image is an error.
@@ -108,6 +109,10 @@ class Experiment:
             object.__setattr__(self, "select", known[0])
         if self.select not in known:
             raise BadInput(f"select={self.select!r}: one of {', '.join(known)}")
+        if self.select == "object_f1" and self.data.masks != "instances":
+            raise BadInput(
+                "select='object_f1': it counts nuclei, and these masks hold classes; miou, mdice, loss or last"
+            )
         if self.patience is not None and self.select == "last":
             raise BadInput("patience waits for a better epoch, and select='last' knows none; give one of them")
         if self.ema is not None and not 0 < self.ema < 1:

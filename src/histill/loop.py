@@ -333,6 +333,9 @@ def _better(experiment: Experiment, state: State, row: dict[str, float]) -> bool
     elif experiment.select == "loss":
         value = -loss
     else:
+        if f"val/{experiment.select}" not in row:
+            named = ", ".join(n.removeprefix("val/") for n in row if n.startswith("val/"))
+            raise BadInput(f"select={experiment.select!r}: this network is judged by {named}")
         value = row[f"val/{experiment.select}"]
     if math.isnan(value):  # a figure that the validation images cannot give
         value = -math.inf

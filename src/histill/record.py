@@ -180,6 +180,7 @@ def check_finished(before: dict[str, Any], experiment: Experiment, out: Path) ->
     there, here = (_comparable(r) for r in (before["recipe"], json.loads(json.dumps(experiment.recipe))))
     there["network"], here["network"] = before["network"]["function"], describe(experiment.student)["function"]
     there["data"], here["data"] = before["data"]["split_hash"], experiment.data.split_hash
+    there["images"], here["images"] = before["data"]["hash"], experiment.data.hash
     there["teacher"] = (before["teacher"] or {}).get("key")
     here["teacher"] = None if experiment.teacher is None else getattr(experiment.teacher, "key", "")
     for name in here.keys() & there.keys():

@@ -38,6 +38,7 @@ from histill.teachers import bound, open_teacher
 __all__ = ["check_apart", "pretrain_alone", "transfer", "transfers"]
 
 ROLES = ("student_alone", "student_distilled")
+_SMALL = 32  # pixels of a pack that is made to know pictures by
 
 
 def transfers(module: Any) -> bool:
@@ -45,14 +46,14 @@ def transfers(module: Any) -> bool:
     return all(callable(getattr(module, part, None)) for part in ("pretrain", "finetune"))
 
 
-def check_apart(unlabelled: Images, images: Images) -> None:
-    """Refuse to pretrain on the images that the student is judged on (`BadInput` names some)."""
-    frame = images.frame[images.frame["split"].isin(("val", "test"))]
-    held = set(frame["content"])
-    if len(leaked := unlabelled.frame["path"][unlabelled.frame["content"].isin(held)]):
+def check_apart(seen: Images, images: Images, flag: str = "--unlabelled") -> None:
+    """Refuse to pretrain on what the student is judged on; pictures are compared, not files (`BadInput` names some)."""
+    frame = pack(images, _SMALL).images.frame
+    held = set(frame["content"][frame["split"].isin(("val", "test"))])
+    frame = pack(seen, _SMALL).images.frame
+    if len(leaked := frame["path"][frame["content"].isin(held)]):
         raise BadInput(
-            f"leak: {len(leaked)} of the unlabelled images are validation or test images: {few(leaked)}; "
-            "take them out of --unlabelled"
+            f"leak: {len(leaked)} images of {flag} are validation or test images: {few(leaked)}; take them out of it"
         )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from histill.errors import BadInput
+from histill.errors import BadInput, HistillError
 from histill.files import read_json, write_json
 from histill.flags import COMMON, LACKING, SLIDES, SPLIT, WORDS, command_of, common, merged, read_data, signature_flags
 from histill.progress import say
@@ -197,7 +197,8 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
     else:
         _check_free(out)
     _cut(out, values)
-    if (needed := "data" if _takes_data(function) else "unlabelled") and values[needed] is None:
+    needed = "data" if _takes_data(function) else "unlabelled"
+    if values[needed] is None:
         raise BadInput(LACKING[needed])
     record = {n: plain(v) for n, v in values.items() if n != "resume"}
     machine = ("device", "precision", "resume", "logger", "compile", "code")
@@ -312,7 +313,7 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
     pack(images, trial.image_size, strict=trial.strict)
     write_json(out / "distill.json", {"recipe": name, "arguments": record})
     paths: dict[str, Any] = {n: values.get(n) and Path(values[n]) for n in ("teacher", "unlabelled", "code")}
-    try:
+    with _given_back(out, values["resume"]):
         summary = distill(
             name,
             Path(values["data"]),
@@ -322,16 +323,23 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
             student_arguments=student_arguments,
             teacher_arguments=teacher_arguments(teacher, values),
         )
-    except BadInput:
-        if not values["resume"] and not any(out.rglob("run.json")):  # nothing was begun: the folder is free again
+    _judge_slides(out, values, ("teacher", "student_alone", "student_distilled"))
+    print(summary_lines(summary))  # noqa: T201
+    print(f"report: {out / 'report.html'}")  # noqa: T201
+
+
+@contextmanager
+def _given_back(out: Path, resume: bool) -> Iterator[None]:
+    """Where nothing was begun when something went wrong, the folder is free again."""
+    try:
+        yield
+    except HistillError:
+        if not resume and not any(out.rglob("run.json")):
             for left in ("distill.json", ".lock"):
                 (out / left).unlink(missing_ok=True)
             with suppress(OSError):
                 out.rmdir()
         raise
-    _judge_slides(out, values, ("teacher", "student_alone", "student_distilled"))
-    print(summary_lines(summary))  # noqa: T201
-    print(f"report: {out / 'report.html'}")  # noqa: T201
 
 
 def _transfer_command(name: str, module: Any) -> Any:
@@ -400,17 +408,18 @@ def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: d
     write_json(
         out / "distill.json", {"recipe": name, "arguments": {n: plain(v) for n, v in values.items() if n != "resume"}}
     )
-    summary = transfer(
-        name,
-        Path(values["data"]),
-        out,
-        teacher=values["teacher"],
-        unlabelled=Path(values["unlabelled"]),
-        reading={n: values[n] for n in SPLIT if n != "split_seed"},
-        **{n: values[n] for n in ("split_seed", "seeds", "seed", "device", "precision", "resume")},
-        finetune_arguments={n: values[n] for n in finetune if n != "seed"},
-        pretrain_arguments=pretrain,
-    )
+    with _given_back(out, values["resume"]):
+        summary = transfer(
+            name,
+            Path(values["data"]),
+            out,
+            teacher=values["teacher"],
+            unlabelled=Path(values["unlabelled"]),
+            reading={n: values[n] for n in SPLIT if n != "split_seed"},
+            **{n: values[n] for n in ("split_seed", "seeds", "seed", "device", "precision", "resume")},
+            finetune_arguments={n: values[n] for n in finetune if n != "seed"},
+            pretrain_arguments=pretrain,
+        )
     _judge_slides(out, values, ("student_alone", "student_distilled"))
     print(summary_lines(summary))  # noqa: T201
     print(f"report: {out / 'report.html'}")  # noqa: T201

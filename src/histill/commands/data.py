@@ -21,7 +21,11 @@ def check(data: Path, *, patient: str | None = None, out: Path | None = None, st
     """
     from histill.data import read_images
     from histill.data.check import check as work
+    from histill.data.masks import has_masks, summary_of
 
+    if has_masks(data):
+        show(summary_of(data, patient=patient))
+        return
     found = work(read_images(data, patient=patient), out)
     show(found)
     problems = [*found.errors, *(found.summary["unreadable"] if strict else [])]

@@ -27,12 +27,13 @@ from histill.data.images import (
 from histill.errors import BadInput
 from histill.files import atomic, cache_dir, digest, file_digest, locked
 
-__all__ = ["UNKNOWN", "decode_mask", "has_masks", "pack_masks", "read_masks"]
+__all__ = ["UNKNOWN", "decode_mask", "has_masks", "pack_masks", "read_masks", "summary_of"]
 
 UNKNOWN = 65535
 """What a packed mask holds where nobody knows; -1 in a batch."""
 
 _VERSION = 1
+_ORIENTATION = 0x0112
 _FOLDERS = {"images": "masks", "image": "mask", "img": "mask", "imgs": "masks"}
 
 Kind = Literal["auto", "classes", "instances"]
@@ -41,6 +42,7 @@ Kind = Literal["auto", "classes", "instances"]
 class _Seen(NamedTuple):
     content: str
     highest: int
+    marked: bool
     wide: bool
     sizes: tuple[tuple[int, int], tuple[int, int]]
 
@@ -97,7 +99,10 @@ def read_masks(
     found: Literal["classes", "instances"] = (
         kind if kind != "auto" else "instances" if any(one.wide for one in seen) else "classes"
     )
-    names = _named(source, found, classes, max(one.highest for one in seen))
+    highest = max(one.highest for one in seen)
+    if found == "classes" and highest == 1 and len(classes) < 3 and any(one.marked for one in seen):
+        raise BadInput(f"{source}: the masks hold 0, 1 and 255; is 255 a class or unknown? Write 0 and 255, or name 3")
+    names = _named(source, found, classes, highest)
     notices = []
     copies = frame[frame.duplicated(["content", "split"], keep=False)]
     if len(copies):
@@ -112,10 +117,12 @@ def _named(source: Path, kind: str, classes: tuple[str, ...], highest: int) -> t
         if classes and len(classes) != 2:
             raise BadInput(f"--classes {' '.join(classes)}: masks of instances have two, what is between them and them")
         return tuple(classes) or ("background", "nucleus")
-    numbers = 2 if highest in (0, 255) else highest + 1
+    numbers = max(2, highest + 1)
     if not classes:
         return ("background", "foreground") if numbers == 2 else tuple(f"class{i}" for i in range(numbers))
-    if len(classes) < max(2, numbers if highest != 255 else 0):
+    if len(set(classes)) < len(classes):
+        raise BadInput(f"--classes {' '.join(classes)}: a name is there twice")
+    if len(classes) < numbers:
         raise BadInput(f"{source}: a mask holds class {highest}, and --classes names {len(classes)}, from 0")
     return tuple(classes)
 
@@ -125,11 +132,18 @@ def _see(root: Path, frame: pd.DataFrame, row: int) -> _Seen:
     values, mode = _open(mask)
     try:
         with Image.open(path) as picture:
+            turned = picture.getexif().get(_ORIENTATION, 1)
             size = picture.size
-    except OSError:
+        if turned != 1:
+            raise BadInput(f"{path}: turned by its EXIF tag, and its mask is not; save it upright")
+    except (OSError, Image.DecompressionBombError):
         size = (values.shape[1], values.shape[0])  # unreadable: the pack says so
-    known = values[values != 255] if (values != 255).any() else values
-    return _Seen(file_digest(mask), int(known.max()), mode.startswith("I"), (size, (values.shape[1], values.shape[0])))
+    held = np.unique(values)
+    if mask.suffix.lower() in (".jpg", ".jpeg") and len(held) > 2:
+        raise BadInput(f"{mask}: JPEG changes the numbers of a mask, and this one holds {len(held)}; save it as PNG")
+    highest = int(held[held != 255].max(initial=0))
+    sizes = (size, (values.shape[1], values.shape[0]))
+    return _Seen(file_digest(mask), highest, bool((held == 255).any()), mode.startswith("I"), sizes)
 
 
 def _open(path: Path) -> tuple[NDArray[np.int32], str]:
@@ -146,10 +160,8 @@ def _open(path: Path) -> tuple[NDArray[np.int32], str]:
             raise BadInput(f"{path}: a coloured mask; give one channel of class numbers or instance numbers")
         values = colours[..., 0]
     values = values.astype(np.int64)
-    if values.min() < 0 or values.max() >= UNKNOWN:
-        raise BadInput(
-            f"{path}: a mask holds numbers from 0 to {UNKNOWN - 1}, this one {values.min()} to {values.max()}"
-        )
+    if values.min() < 0 or values.max() > UNKNOWN:
+        raise BadInput(f"{path}: a mask holds numbers from 0 to {UNKNOWN}, this one {values.min()} to {values.max()}")
     return values.astype(np.int32), mode
 
 
@@ -218,3 +230,19 @@ def _from_folders(folder: Path) -> pd.DataFrame:
         path=[p.relative_to(folder).as_posix() for p in paths],
         mask=[by_stem[p.relative_to(images).with_suffix("")].relative_to(folder).as_posix() for p in paths],
     )
+
+
+def summary_of(source: Path, *, patient: str | None = None) -> str:
+    """What a set of images with masks holds, in a few lines."""
+    images = read_masks(source, patient=patient)
+    paths = [images.root / mask for mask in images.frame["mask"]]
+    nuclei, pixels = 0, np.zeros(len(images.classes))
+    for mask in of_each(paths, partial(decode_mask, images=images), "counting"):
+        known = mask[mask != UNKNOWN]
+        nuclei += len(np.unique(known[known > 0])) if images.masks == "instances" else 0
+        pixels += np.bincount(np.minimum(known, len(pixels) - 1).ravel(), minlength=len(pixels))
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in zip(images.classes, pixels / pixels.sum()))
+    patients = images.frame["patient"].replace("", None).nunique()
+    lines = [f"{len(images)} images with masks of {images.masks}" + (f", {patients} patients" if patients else "")]
+    lines += [f"pixels: {shares}", *([f"{nuclei:,} nuclei"] if images.masks == "instances" else []), *images.notices]
+    return "\n".join(lines)

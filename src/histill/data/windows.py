@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,10 @@ def starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def windows(images: Images, size: int, *, stride: int | None = None) -> Images:
-    """Cut images, and their masks, into windows of ``size`` pixels that cover them; a smaller image is mirrored.
+    """Cut images, and their masks, into windows of ``size`` pixels that cover them.
+
+    A smaller image is mirrored beyond its edge, where of instances nobody knows. A window of one colour without a mark
+    is left out, as it looks like any other's.
 
     The windows of an image stay with its patient (its own content where none is known) and in its split. They lie in
     the cache folder as PNG files, each made once.
@@ -66,13 +70,20 @@ def _cut(images: Images, size: int, stride: int, home: Path, named: tuple[int, s
     if mask is not None and mask.shape != picture.shape[:2]:
         raise BadInput(f"{images.frame['mask'].iloc[row]}: not as large as its image")
     found: list[tuple[Path, Path | None]] = []
-    for y in starts(picture.shape[0], size, stride):
-        for x in starts(picture.shape[1], size, stride):
+    ys, xs = starts(picture.shape[0], size, stride), starts(picture.shape[1], size, stride)
+    for y in ys:
+        for x in xs:
+            marked = mask is not None and mask[y : y + size, x : x + size].any()
+            shown = picture[y : y + size, x : x + size]
+            if not marked and (shown == shown[:1, :1]).all() and (found or (y, x) != (ys[-1], xs[-1])):
+                continue
             image = home / f"{name}_{y}_{x}.png"
             drawn = None if mask is None else image.with_name(f"{name}_{y}_{x}_mask.png")
             _keep(image, _whole(picture[y : y + size, x : x + size], size))
             if mask is not None and drawn is not None:
-                part = _whole(mask[y : y + size, x : x + size], size)
+                # A mirrored nucleus would be two pieces of one number.
+                beyond = UNKNOWN if images.masks == "instances" else None
+                part = _whole(mask[y : y + size, x : x + size], size, beyond)
                 if images.masks == "classes":  # 255 says that nobody knows, as in the masks that people bring
                     part = np.where(part == UNKNOWN, 255, part).astype(np.uint8)
                 _keep(drawn, part)
@@ -80,11 +91,14 @@ def _cut(images: Images, size: int, stride: int, home: Path, named: tuple[int, s
     return found
 
 
-def _whole(part: NDArray[np.generic], size: int) -> NDArray[np.generic]:
-    short = [(0, size - part.shape[axis]) for axis in (0, 1)]
-    if any(after for _, after in short):
-        part = np.pad(part, [*short, *[(0, 0)] * (part.ndim - 2)], mode="symmetric")
-    return part
+def _whole(part: NDArray[Any], size: int, beyond: int | None = None) -> NDArray[Any]:
+    """The part filled up to ``size`` by its mirror image, or by the number ``beyond``."""
+    margin = [(0, size - part.shape[axis]) if axis < 2 else (0, 0) for axis in range(part.ndim)]
+    if not any(after for _, after in margin):
+        return part
+    if beyond is None:
+        return np.pad(part, margin, mode="symmetric")
+    return np.pad(part, margin, constant_values=beyond)
 
 
 def _keep(path: Path, pixels: NDArray[np.generic]) -> None:
@@ -108,7 +122,7 @@ def kept_tissue(
         BadInput: no image is left.
     """
     shown = list(of_each(images.paths(), _tissue, "looking for tissue"))
-    keep = np.array([one is not None and dark <= one[0] <= light and one[1] >= min_tissue for one in shown])
+    keep = np.array([one is None or (dark <= one[0] <= light and one[1] >= min_tissue) for one in shown])
     if not keep.any():
         raise BadInput(
             f"{images.root}: none of {len(images)} images shows tissue (mean intensity {dark:g} to {light:g})"
@@ -122,7 +136,7 @@ def _tissue(path: Path) -> tuple[float, float] | None:
     try:
         pixels = np.asarray(decode(path)[0].reduce(4), dtype=np.float32)
     except BadInput:
-        return None  # the pack says so
+        return None  # whoever reads it next says so
     highest = pixels.max(2)
     saturation = (highest - pixels.min(2)) / np.maximum(highest, 1)
     return float(pixels.mean()), float((saturation > 0.07).mean())

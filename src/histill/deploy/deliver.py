@@ -86,6 +86,10 @@ def export(
             removed.
     """
     run = run if isinstance(run, Run) else Run.open(run, code=code)
+    if format == "qupath" and run.info["data"].get("masks"):
+        raise BadInput(
+            f"{run.path} outlines, and QuPath's WSInfer extension classifies tiles; take --format torchscript"
+        )
     if int8 and format != "onnx":
         raise BadInput("--int8 goes with --format onnx")
     if early_exit is not None:

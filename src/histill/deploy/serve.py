@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from histill.data.decode import load
 from histill.data.images import few, images_below, read_paths
@@ -50,6 +52,8 @@ def predict(
         raise BadInput(f"--out {out}: end it in .csv or .parquet")
     root, paths = _listed(Path(images))
     predictor = open_any(model, device=device, code=code)
+    if not predictor.classes or predictor.logits(_one(predictor.image_size)).ndim != 2:
+        raise BadInput(f"{model} does not sort images into classes; predict gives a class to each image")
     rows, failed = [], []
     with progress("predicting", len(paths)) as bar:
         for found in predict_folder(
@@ -73,6 +77,10 @@ def predict(
         with atomic(out) as temporary:
             table.to_csv(temporary, index=False) if out.suffix == ".csv" else table.to_parquet(temporary, index=False)
     return table
+
+
+def _one(size: int) -> NDArray[np.float32]:
+    return np.zeros((1, 3, size, size), np.float32)
 
 
 def _listed(images: Path) -> tuple[Path, list[Path]]:

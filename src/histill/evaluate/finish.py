@@ -193,7 +193,8 @@ def finish(out: Path, info: dict[str, Any]) -> None:
 
 def table_of(figures: dict[str, Any]) -> str:
     """Figures by split as text."""
-    names = [n for n in (*METRICS, *EXTRA) if any(n in found for found in figures.values())]
+    known = [n for n in (*METRICS, *EXTRA) if any(n in found for found in figures.values())]
+    names = known or list(dict.fromkeys(n for found in figures.values() for n, f in found.items() if "value" in f))
     lines = [f"{'':20}" + "".join(f"{split:30}" for split in figures)]
     lines += [f"{n.replace('_', ' '):20}" + "".join(f"{shown(n, f[n]):30}" for f in figures.values()) for n in names]
     return "\n".join(lines)

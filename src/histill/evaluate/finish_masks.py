@@ -83,15 +83,15 @@ def _outlined(out: Path, split: str) -> list[Picture]:
         network = run.network()
     except BadInput:  # its file would have to be named
         return []
-    packed = pack(run.data, run.image_size)
-    rows = np.array(packed.images.rows(split), dtype=np.int64)
+    data = run.data
+    rows = np.array(data.rows(split))
     rows = rows[np.linspace(0, len(rows) - 1, min(_SHOWN, len(rows))).astype(int)]
-    batch = packed.batch(rows)
+    batch = pack(data.with_frame(data.frame.iloc[rows]), run.image_size).batch(np.arange(len(rows)))
     assert batch.masks is not None
     with torch.no_grad():
         outputs = network(batch.images)
     size = (batch.masks.shape[-2], batch.masks.shape[-1])
-    draw = getattr(network, "instances", None) if packed.images.masks == "instances" else None
+    draw = getattr(network, "instances", None) if data.masks == "instances" else None
     drawn = draw(outputs, size) if draw else label_map(outputs, size).numpy()
     pixels = (batch.images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     path = out / "figures" / "outlines.png"

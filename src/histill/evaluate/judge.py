@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from histill.data.images import read_images
+from histill.data.images import Images, read_images
 from histill.data.masks import read_masks
-from histill.data.packed import pack
+from histill.data.packed import Packed, pack
+from histill.data.windows import windows
 from histill.errors import BadInput
 from histill.evaluate import masks
 from histill.evaluate.finish import EXTRA, predictions, scores
@@ -58,6 +59,8 @@ def judge(
     run = run if isinstance(run, Run) else Run.open(run, code=code)
     if not run.finished:
         raise BadInput(f"{run.path} is not finished (status: {run.info['status']}); go on with --resume")
+    if not run.classes:
+        raise BadInput(f"{run.path} was trained without labels: there is nothing to judge it by; start another from it")
     if data is None:
         return {s: f for s, f in run.metrics.items() if isinstance(f, dict)}
     if run.info["data"].get("masks"):
@@ -65,12 +68,7 @@ def judge(
     images = read_images(data, patient=patient)
     if unknown := sorted(set(images.classes) - set(run.classes)):
         raise BadInput(f"{data}: labels that {run.path} was not trained on: {', '.join(unknown)}")
-    packed = pack(images, run.image_size)
-    for line in packed.images.notices:
-        notice(line)
-    trained = run.data.frame.query("split == 'train'")["content"]
-    if seen := int(packed.images.frame["content"].isin(set(trained)).sum()):
-        notice(f"{seen} of these images are among those that {run.path} was trained on: the figures flatter it")
+    packed = _packed(run, images)
     rows = np.arange(len(packed.images))
     where = find_device(device)
     said = predict_rows(run.network().to(where), packed, rows, device=where)
@@ -82,8 +80,22 @@ def judge(
 
 def _judge_masks(run: Run, data: str | Path, patient: str | None, device: str) -> dict[str, Any]:
     kind: Any = run.info["data"]["masks"]
+    where, network = find_device(device), run.network()
     images = read_masks(data, kind=kind, classes=run.classes, patient=patient)
-    packed = pack(images, run.image_size)
-    where, rows = find_device(device), np.arange(len(images))
-    said = masks.ask(run.network().to(where), packed, rows, device=where)
+    if kind == "instances" and hasattr(network, "instances"):  # it learnt from windows, not from resized images
+        images = windows(images, run.image_size)
+    packed = _packed(run, images)
+    rows = np.arange(len(packed.images))
+    said = masks.ask(network.to(where), packed, rows, device=where)
     return {"data": figures_with_intervals(masks.scores(masks.predictions(packed.images, rows, said), run.classes))}
+
+
+def _packed(run: Run, images: Images) -> Packed:
+    """The images at the run's size; says aloud what was noticed, and what the run was trained on."""
+    packed = pack(images, run.image_size)
+    for line in packed.images.notices:
+        notice(line)
+    trained = run.data.frame.query("split == 'train'")["content"]
+    if seen := int(packed.images.frame["content"].isin(set(trained)).sum()):
+        notice(f"{seen} of these images are among those that {run.path} was trained on: the figures flatter it")
+    return packed

@@ -1,9 +1,9 @@
 """Judged by masks: pixels counted per image first, IoU and Dice of the sums second.
 
 IoU of a class is ``tp / (tp + fp + fn)`` over all pixels of all images, as Eq. 12 of the RCKD paper has it, and mIoU is
-its mean over the classes; Dice is ``2 tp / (2 tp + fp + fn)``. Both are functions of sums of counts, so that a
-bootstrap over patients is one matrix product, as in `histill.evaluate.metrics`. Where masks number nuclei, the nuclei
-that the network finds are matched one to one as well (`histill.evaluate.objects`).
+its mean over the classes that the truth holds; Dice is ``2 tp / (2 tp + fp + fn)``. Both are functions of sums of
+counts, so that a bootstrap over patients is one matrix product, as in `histill.evaluate.metrics`. Where masks number
+nuclei, the nuclei that the network finds are matched one to one as well (`histill.evaluate.objects`).
 """
 
 from __future__ import annotations
@@ -80,6 +80,12 @@ class MaskScores:
         np.add.at(sums, self._units[1], rows)
         return sums
 
+    @cached_property
+    def _present(self) -> NDArray[np.bool_]:
+        """``(C,)`` the classes that the truth holds: means over classes run over these, in every resample."""
+        present: NDArray[np.bool_] = self.counts[:, :, [0, 2]].sum((0, 2)) > 0
+        return present
+
     @property
     def names(self) -> list[str]:
         """The figures that there are."""
@@ -94,9 +100,11 @@ class MaskScores:
         objects = sums[3 * len(self.classes) :]
         with np.errstate(invalid="ignore", divide="ignore"):
             ious, dices = tp / (tp + fp + fn), 2 * tp / (2 * tp + fp + fn)  # (C, R), nan of a class that is nowhere
+            # A resample that lacks one of the truth's classes does not estimate their mean.
+            held = np.where(tp + fn > 0, 1.0, np.nan)[self._present]
             everything = {
-                "miou": np.nanmean(ious, axis=0),
-                "mdice": np.nanmean(dices, axis=0),
+                "miou": (ious[self._present] * held).mean(axis=0),
+                "mdice": (dices[self._present] * held).mean(axis=0),
                 "pixel_accuracy": tp.sum(axis=0) / (tp + fn).sum(axis=0),
                 **{f"iou_{name}": value for name, value in zip(self.classes, ious)},
                 **{f"dice_{name}": value for name, value in zip(self.classes, dices)},

@@ -21,6 +21,7 @@ from histill.models.stardist import GRID, NMS_THRESHOLD, PROB_THRESHOLD, percent
 __all__ = ["Instances", "non_maximum_suppression", "polygons", "predict_instances", "predict_prob", "render"]
 
 _MULTIPLE = 16  # the network halves its map four times
+_MOST = 4096  # candidates of an image that is judged while its network trains
 _SAMPLES = 32  # points per side at which an overlap is measured
 _SHORTEST = 1e-3  # of a ray, as in the reference: no polygon is turned inside out
 
@@ -104,6 +105,9 @@ def from_maps(
         nms_threshold: See `predict_instances`.
     """
     row, column = torch.nonzero(prob > prob_threshold, as_tuple=True)
+    if len(row) > _MOST:  # of a network that has hardly learnt; suppression would take minutes
+        surest = prob[row, column].topk(_MOST).indices
+        row, column = row[surest], column[surest]
     points = (torch.stack([column, row], 1) * GRID).double().numpy()
     rays, scores = dist[:, row, column].T.double().numpy(), prob[row, column].double().numpy()
     kept = non_maximum_suppression(points, rays, scores, threshold=nms_threshold)

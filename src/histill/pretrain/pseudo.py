@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from histill.data.decode import decode
-from histill.data.images import Images
+from histill.data.images import Images, few
 from histill.errors import BadInput
 from histill.files import atomic, cache_dir, digest, file_digest
 from histill.machine import find_device
@@ -66,6 +66,7 @@ def pseudo_label(
     kind: Kind = "prob",
     threshold: float = 0.5,
     scale: float = 2.0,
+    strict: bool = False,
     device: str = "auto",
 ) -> Images:
     """The same images with a mask each: 0 background, 1 nucleus. The segmenter is asked once for each, ever.
@@ -79,6 +80,7 @@ def pseudo_label(
         kind: see `nuclei`.
         threshold: see `nuclei`.
         scale: see `nuclei`.
+        strict: an unreadable image is an error; otherwise it is left out with a notice.
         device: where the segmenter computes.
 
     Raises:
@@ -92,13 +94,24 @@ def pseudo_label(
     segmenter = segmenter.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     draw = partial(nuclei, segmenter, kind=kind, threshold=threshold, scale=scale)
     masks = [home / f"{content[:32]}.png" for content in images.frame["content"]]
+    damaged: dict[Path, str] = {}
     todo = [(path, mask) for path, mask in zip(images.paths(), masks) if not mask.exists()]
     with progress("pseudo labels", len(images), done=len(images) - len(todo)) as bar:
         for path, mask in todo:
-            _write(mask, draw(np.asarray(decode(path)[0])))
+            try:
+                _write(mask, draw(np.asarray(decode(path)[0])))
+            except BadInput as error:
+                if strict:
+                    raise
+                damaged[mask] = str(error).rsplit(": ", 1)[-1]
             bar.advance()
-    frame = images.frame.assign(mask=[str(m) for m in masks], mask_content=[file_digest(m) for m in masks])
-    return Images(frame, images.root, CLASSES, images.notices, "classes")
+    there = [mask not in damaged for mask in masks]
+    masks = [mask for mask in masks if mask not in damaged]
+    if not masks:
+        raise BadInput(f"{images.root}: none of {len(images)} images is readable")
+    lines = [f"{len(damaged)} unreadable images were left out: {few(damaged.values())}"] if damaged else []
+    frame = images.frame[there].assign(mask=[str(m) for m in masks], mask_content=[file_digest(m) for m in masks])
+    return Images(frame.reset_index(drop=True), images.root, CLASSES, (*images.notices, *lines), "classes")
 
 
 def _write(path: Path, mask: NDArray[np.bool_]) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from histill.errors import Failed
+from histill.errors import BadInput, Failed
 from histill.models import CSAT, ResNet18SAT, Timm
 from histill.models.adapter import create
 from histill.progress import notice
@@ -30,7 +30,7 @@ def start(make: partial[nn.Module], weights: str) -> partial[nn.Module]:
         return partial(make, weights=weights)
     try:
         make(weights="imagenet")
-    except Failed as error:
+    except (BadInput, Failed) as error:  # none are published, or they cannot be fetched
         notice(f"{str(error).rstrip('.')}. Training from random weights instead: expect less of this network")
         return partial(make, weights=None)
     return partial(make, weights="imagenet")

@@ -59,10 +59,16 @@ def nuclei(student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
 
 
 def labelled(
-    student: Outputs, teacher: Outputs, batch: Batch, *, alpha: float | None = 0.25, gamma: float = 2.0
+    student: Outputs,
+    teacher: Outputs,
+    batch: Batch,
+    *,
+    alpha: float | None = 0.25,
+    gamma: float = 2.0,
+    instances: bool = False,
 ) -> Terms:
-    """Eq. 5, and Eq. 7 where there are masks: the focal loss of images, or of pixels."""
-    truth = batch.labels if batch.masks is None else batch.masks
+    """Eq. 5, and Eq. 7 where there are masks: the focal loss of images, or of pixels; any nucleus is class 1."""
+    truth = batch.labels if batch.masks is None else batch.masks.clamp(max=1) if instances else batch.masks
     return {"focal": (1.0, focal(student["logits"], truth, alpha=alpha, gamma=gamma))}
 
 
@@ -75,7 +81,7 @@ def teacher(
     batch_size: int = 4,
     lr: float = 3e-4,
     weights: str = "none",
-    select: Literal["object_f1", "miou", "loss", "last"] = "object_f1",
+    select: Literal["object_f1", "miou", "last"] = "object_f1",
     patience: int | None = None,
     positive: str | None = None,
     strict: bool = False,
@@ -174,7 +180,8 @@ def pretrain(
     if teacher is None:
         raise BadInput("rckd.pretrain learns from a nucleus segmenter: give --teacher RUN (rckd.teacher), or weights")
     shown = sampled(kept_tissue(unlabelled, dark=dark, light=light, min_tissue=min_tissue), sample, seed=seed)
-    said = pseudo_label(shown, segmenter(teacher), kind=pseudo, threshold=threshold, scale=teacher_scale)
+    how: dict[str, Any] = {"kind": pseudo, "threshold": threshold, "scale": teacher_scale, "strict": strict}
+    said = pseudo_label(shown, segmenter(teacher), **how)
     parts = said.with_frame(said.frame.assign(split=""))
     return Experiment(
         data=split(parts, val=val, test=0.0, seed=seed),
@@ -276,12 +283,14 @@ def finetune(
         raise BadInput(f"{data.root}: fine-tuning needs labels or masks")
     classes = len(data.classes)
     make = _made(UNet, classes=classes, backbone=network) if data.masks else backbone(network, image_size, classes)
+    made = start(make, weights)
+    learnt = made.keywords["weights"] not in (None, "imagenet")  # ImageNet has no position encodings
     steps = partial(sgd, weight_decay=0.0) if optimizer == "sgd" else partial(adamw, weight_decay=0.05)
     return Experiment(
         data=data,
-        student=start(make, weights),
-        frozen=("*.peg.*",) if freeze == "peg" and weights != "none" and network.lower() in _WITH_PEG else (),
-        objective=partial(labelled, alpha=alpha, gamma=gamma),
+        student=made,
+        frozen=("*.peg.*",) if freeze == "peg" and learnt and network.lower() in _WITH_PEG else (),
+        objective=partial(labelled, alpha=alpha, gamma=gamma, instances=data.masks == "instances"),
         image_size=image_size,
         augment=TISSUE if augment == "tissue" else NONE,
         epochs=epochs,

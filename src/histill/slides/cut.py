@@ -34,7 +34,7 @@ from histill.slides.slide import Slide, open_slide
 from histill.slides.tiles import Pixels
 from histill.slides.tissue import find_tissue
 
-__all__ = ["Cut", "Cutting", "PRESETS", "cut_slides", "find_slides"]
+__all__ = ["PRESETS", "Cut", "Cutting", "cut_slides", "find_slides"]
 
 COLUMNS = ("path", "label", "patient", "site", "slide", "mpp", "x", "y")
 TCGA = re.compile(r"^(TCGA-(\w\w)-\w{4})")

@@ -251,14 +251,18 @@ def study(
         more = read_parts(Path(path), **shares, seed=seed, patient=None)
         sets[f"{more.root.name}{'' if more.root.name not in sets else len(sets)}"] = more
     patches = sampled(kept_tissue(read_unlabelled(unlabelled)), sample, seed=seed)
-    for one in sets.values():
-        check_apart(patches, one)
+    first = None if labelled is None else read_parts(Path(labelled), val=0.1, test=0.0, seed=seed, patient=None)
+    for one in sets.values():  # with new splits every image is a test image some time
+        judged = one.with_frame(one.frame.assign(split="test")) if splits == "new" and seeds > 1 else one
+        check_apart(patches, judged)
+        if first is not None:
+            check_apart(first, judged, "--labelled")
     work = _Work(
         made=Study(Path(out), range(seed, seed + seeds), {"device": device, "precision": precision}),
         sets=sets,
         patches=patches,
         teacher=teacher,
-        labelled=None if labelled is None else read_parts(Path(labelled), val=0.1, test=0.0, seed=seed, patient=None),
+        labelled=first,
         pretraining={"image_size": pretrain_image_size, "epochs": pretrain_epochs, "batch_size": pretrain_batch_size},
         finetuning={
             **{"image_size": image_size, "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr},
@@ -405,7 +409,8 @@ def _words(work: _Work) -> Text:
     return Text(
         [
             f"All pretrainings see the same {len(work.patches):,} patches as often, at the same size; two views "
-            "of each, where the method takes two. Each backbone is pretrained once.",
+            "of each, where the method takes two. RCKD sets a fiftieth of them aside, on which its agreement with the "
+            "segmenter is measured. Each backbone is pretrained once.",
             f"All fine-tunings use {used}, the same images, views, schedule and seeds; the epoch is chosen on "
             f"validation. Splits are by {'patient' if unit.has_patients else 'image, as no patients are known'}.",
             *([f"Left out, as no labelled folder was given: {', '.join(work.skipped)}."] if work.skipped else []),
