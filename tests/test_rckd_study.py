@@ -49,6 +49,7 @@ def test_labels_are_drawn_evenly_and_only_from_training(tmp_path: Path) -> None:
     assert fewer(data, None, seed=0) is data
 
 
+@pytest.mark.slow
 def test_every_kind_of_row_runs_once_and_stands_beside_the_paper(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,9 +14,11 @@ from slide_files import picture, write_jpeg_tiff
 import histill as hs
 from histill import cli
 from histill.data.images import read_images
+from histill.errors import BadInput
 from histill.record import trained_mpp
 from histill.slides import training
 from histill.slides.cut import PRESETS, cut_slides
+from histill.slides.training import judge_slides
 
 
 @pytest.fixture(autouse=True)
@@ -54,28 +56,41 @@ def test_the_resolution_of_patches_is_that_of_the_run(tmp_path: Path) -> None:
     assert trained_mpp(other, 32) is None
 
 
+def test_a_recipe_takes_slides_and_its_run_is_judged_on_slides(tmp_path: Path) -> None:
+    root, out = slides_of(tmp_path / "in"), tmp_path / "out"
+    words = ["--slides", str(root / "slides"), "--masks", str(root / "masks"), "--classes", "odd", "even"]
+    words += ["--out", str(out), "--image-size", "32", "--epochs", "2", "--batch-size", "8", "--val", "0.34"]
+    assert cli.run(["train", "dsnet.student", *words, "--test", "0.34", "--lr", "0.003"]) == 0
+    manifest = pd.read_csv(out / "patches" / "manifest.csv")
+    assert set(manifest["label"]) == {"odd", "even", "background"}
+    run = hs.Run.open(out)
+    assert run.info["mpp"] == pytest.approx(1.0)
+    found = judge_slides({"mine": run}, [root / "slides"], tmp_path / "slides", masks=root / "masks")["slides"]["mine"]
+    frame = run.data.frame
+    tested = set(frame["slide"][frame["split"] == "test"])
+    assert set(found["slides"]) == tested
+    assert all(row["label"] == ("odd", "even")[int(name[1]) % 2] for name, row in found["slides"].items())
+    right = sum(row["label"] == row["called"] for row in found["slides"].values())
+    assert found["accuracy"]["value"] == right / len(tested)
+    assert found["accuracy"]["low"] <= found["accuracy"]["value"] <= found["accuracy"]["high"]
+    stem = Path(next(iter(tested))).stem
+    assert (tmp_path / "slides" / "mine" / stem / "lesions.geojson").is_file()
+    assert json.loads((tmp_path / "slides" / "summary.json").read_text())["slides"]["mine"] == found
+    elsewhere = next(p for p in sorted((root / "slides").iterdir()) if p.name not in tested)
+    with pytest.raises(BadInput, match="none of the slides is in the test split"):
+        judge_slides({"mine": run}, [elsewhere], tmp_path / "none", masks=root / "masks")
+
+
+@pytest.mark.slow
 def test_distill_takes_slides_and_ends_with_slides(tmp_path: Path) -> None:
     root, out = slides_of(tmp_path / "in"), tmp_path / "out"
     words = ["--slides", str(root / "slides"), "--masks", str(root / "masks"), "--classes", "odd", "even"]
     words += ["--out", str(out), "--image-size", "32", "--epochs", "2", "--batch-size", "8", "--val", "0.34"]
     words += ["--test", "0.34", "--teacher-network", "dsnet", "--teacher-weights", "none", "--lr", "0.003"]
     assert cli.run(["distill", "dsnet", *words]) == 0
-    manifest = pd.read_csv(out / "patches" / "manifest.csv")
-    assert set(manifest["label"]) == {"odd", "even", "background"}
-    run = hs.Run.open(out / "student_distilled")
-    assert run.info["mpp"] == pytest.approx(1.0)
     found = json.loads((out / "slides" / "summary.json").read_text())["slides"]
     assert set(found) == {"teacher", "student_alone", "student_distilled"}
-    frame = run.data.frame
-    tested = set(frame["slide"][frame["split"] == "test"])
-    for one in found.values():
-        assert set(one["slides"]) == tested
-        assert all(row["label"] == ("odd", "even")[int(name[1]) % 2] for name, row in one["slides"].items())
-        right = sum(row["label"] == row["called"] for row in one["slides"].values())
-        assert one["accuracy"]["value"] == right / len(tested)
-        assert one["accuracy"]["low"] <= one["accuracy"]["value"] <= one["accuracy"]["high"]
-    stem = Path(next(iter(tested))).stem
-    assert (out / "slides" / "student_distilled" / stem / "lesions.geojson").is_file()
+    assert (out / "slides" / "student_distilled").is_dir()
     assert cli.run(["distill", "--out", str(out), "--resume"]) == 0
 
 
