@@ -336,6 +336,10 @@ def _report(work: _Work, tables: Sequence[str], search: dict[tuple[int, float, s
         ]
         note = f"First repeat, validation ({metric}). The paper takes 384 pixels, 0.0001, frozen."
         sections.append(Table(["pixels", "learning rate", "position encodings", "validation"], cells, "Figure 5", note))
+        path = made.out / "figures" / "search.png"
+        named = {f"{s} px, {r:g}, {'frozen' if f == 'peg' else 'trained'}": v for (s, r, f), v in values.items()}
+        figures.bars(named, path, xlabel=f"validation {metric}")
+        sections.append(Picture(path, "Figure 5: image size, learning rate, position encodings."))
     if sat:
         best = {name: float(run.log["val/accuracy"].max()) for name, run in sat.items()}
         summary["sat_validation"] = best
