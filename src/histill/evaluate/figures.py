@@ -339,12 +339,22 @@ def bars(rows: Mapping[str, Mapping[str, Any]], path: Path, *, xlabel: str = "")
 
 def balls(rows: Sequence[tuple[str, float, float, float]], path: Path, *, ylabel: str = "accuracy") -> None:
     """Accuracy against multiply-accumulates; ``(name, GMAC, accuracy, million parameters)``, area by parameters."""
-    with _drawing(path, 5.6, 4.0) as figure:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    with _drawing(path, 6.4, 4.0) as figure:
         ax = figure.subplots()
+        costs = sorted({gmac for _, gmac, _, _ in rows})
         for number, (name, gmac, value, millions) in enumerate(rows):
             ax.scatter(gmac, value, s=18 * millions, color=CYCLE[number % len(CYCLE)], alpha=0.55, linewidth=0)
-            ax.annotate(name, (gmac, value), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+            beside = sorted(v for _, g, v, _ in rows if g == gmac)  # of one network, differently trained
+            shift = 9 * (beside.index(value) - (len(beside) - 1) / 2)
+            left = gmac == costs[-1] and len(costs) > 1
+            offset, side = ((-16, shift), "right") if left else ((16, shift), "left")
+            ax.annotate(name, (gmac, value), offset, textcoords="offset points", ha=side, va="center", fontsize=7)
         ax.set_xscale("log")
+        ax.set_xticks(costs)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set(xlabel="billion multiply-accumulates per image", ylabel=ylabel)
         ax.margins(0.18)
         ax.grid(True)
