@@ -1,10 +1,11 @@
-"""RCKD's CSAT again, pretrained at lower learning rates: what benchmarks/rckd.py's rate did to it, and what is left then.
+"""RCKD's CSAT again, pretrained at lower learning rates: what the rate of benchmarks/rckd.py did to it.
 
     python benchmarks/rckd_rate.py OUT
 
-OUT is that of benchmarks/rckd.py, whose folders and rows from random weights are used. For each rate CSAT is pretrained with
-otherwise the same settings; the size of its deepest features is measured; the rate with the best validation accuracy of the
-first fine-tuning (lung and colon) is fine-tuned with every seed on both sets. Results: benchmarks/results/rckd_rate.json.
+OUT is that of benchmarks/rckd.py, whose folders and rows from random weights are used. For each rate CSAT is pretrained
+with otherwise the same settings; the size of its deepest features is measured; the rate with the best validation
+accuracy of the first fine-tuning (lung and colon) is fine-tuned with every seed on both sets. Results go to
+benchmarks/results/rckd_rate.json.
 """
 
 from __future__ import annotations
