@@ -203,6 +203,13 @@ def test_a_classifier_on_masks_is_one_clear_line() -> None:
         label_map({"logits": torch.zeros(2, 3)}, (8, 8))
 
 
+def test_it_is_refused_before_it_has_learnt_and_leaves_nothing(tmp_path: Path) -> None:
+    data = split(read_masks(write_pairs(tmp_path / "data", 12)), val=0.25, test=0.25)
+    with pytest.raises(BadInput, match="take a network with a decoder"):
+        hs.train(experiment(data, select="miou"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 class Pixels(nn.Module):
     """Each pixel by itself, half as large as the image: darkness into two logits."""
 

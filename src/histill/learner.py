@@ -13,7 +13,7 @@ from histill.errors import BadInput
 from histill.experiment import Experiment
 from histill.types import Batch, Outputs, Terms
 
-__all__ = ["Average", "Learner", "freeze"]
+__all__ = ["Average", "Learner", "check_draws", "freeze"]
 
 
 class Learner(nn.Module):
@@ -41,6 +41,16 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
             raise BadInput(f"frozen: {type(network).__name__} has no parameter named {pattern}")
         for parameter in found:
             parameter.requires_grad_(False)
+
+
+@torch.no_grad()
+def check_draws(network: nn.Module, size: int) -> None:
+    """`BadInput` where a network that is to learn masks gives one answer for the whole image."""
+    from histill.evaluate.masks import label_map
+
+    mode = network.training
+    label_map(network.eval()(torch.zeros(1, 3, size, size)), (size, size))
+    network.train(mode)
 
 
 class Average:

@@ -28,7 +28,7 @@ from histill.evaluate import labels
 from histill.evaluate.task import task_of
 from histill.experiment import Experiment
 from histill.files import atomic, cache_dir, digest, locked, read_json, sweep, write_json, writing
-from histill.learner import Average, Learner, freeze
+from histill.learner import Average, Learner, check_draws, freeze
 from histill.machine import launch, logged
 from histill.progress import Bar, notice, progress
 from histill.record import check_finished, check_same, describe, record
@@ -132,6 +132,8 @@ def _train(
     torch.manual_seed(experiment.seed)
     student = experiment.student().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     freeze(student, experiment.frozen)
+    if data.masks:  # a network without a decoder is refused before it has learnt for an epoch
+        check_draws(student, experiment.image_size)
     learner = Learner(student, experiment)
     average = Average(student, experiment.ema, fabric.device) if experiment.ema else None
     optimizer = experiment.optimizer([p for p in learner.parameters() if p.requires_grad])
