@@ -113,7 +113,7 @@ TASKS = {
         split=False,
         flags="--val 0.1 --test 0.1 --seeds 1 --image-size 64 --epochs 16 --batch-size 16 --network convnext_atto "
         "--weights none --teacher-network mobilenetv2_100 --teacher-weights WEIGHTS --teacher-epochs 10 "
-        "--networks tf_efficientnetv2_b0 davit_tiny coatnet_nano_rw_224 --tables 2 7 "
+        "--networks tf_efficientnetv2_b0 davit_tiny coatnet_nano_rw_224 --tables 7 "
         "--precision bf16-mixed",
         network="mobilenetv2_100",
         study="kd-convnext",

@@ -146,6 +146,25 @@ def test_without_augmentation_and_at_another_size_masks_are_those_of_the_nearest
     assert torch.equal(small, whole[:, 1::2, 1::2])
 
 
+@pytest.mark.parametrize(("side", "size"), [(64, 32), (64, 16), (60, 24)])
+def test_a_reduced_mask_lies_where_its_image_does(tmp_path: Path, side: int, size: int) -> None:
+    """The centre of a shape that image and mask both show is the same at every smaller size."""
+    root = tmp_path / "d"
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True)
+    y, x = np.mgrid[:side, :side]
+    shape = np.hypot(y - 0.4 * side, x - 0.6 * side) < 0.25 * side
+    Image.fromarray(np.repeat(shape[..., None] * np.uint8(255), 3, axis=2)).save(root / "images" / "a.png")
+    Image.fromarray(shape.astype(np.uint8)).save(root / "masks" / "a.png")
+    batch = pack(read_masks(root), size).batch(np.arange(1))
+    assert batch.masks is not None
+    rows = torch.arange(size, dtype=torch.float32)
+    drawn, shown = batch.masks[0].float(), batch.images[0, 0]
+    for axis in (0, 1):
+        centres = [(m.sum(1 - axis) * rows).sum() / m.sum() for m in (drawn, shown)]
+        assert abs(float(centres[0] - centres[1])) < 0.08
+
+
 def test_a_twin_is_another_view_of_the_same_image(tmp_path: Path) -> None:
     packed = pack(read_masks(write_pairs(tmp_path / "d", 4)), 24)
     batch = packed.batch(np.arange(4), torch.zeros(4, dtype=torch.long), augment=Augment(brightness=0.3), seed=1)

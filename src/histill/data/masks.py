@@ -32,7 +32,7 @@ __all__ = ["UNKNOWN", "decode_mask", "has_masks", "pack_masks", "read_masks", "s
 UNKNOWN = 65535
 """What a packed mask holds where nobody knows; -1 in a batch."""
 
-_VERSION = 1
+_VERSION = 2
 _ORIENTATION = 0x0112
 _FOLDERS = {"images": "masks", "image": "mask", "img": "mask", "imgs": "masks"}
 
@@ -182,7 +182,9 @@ def decode_mask(path: Path, images: Images) -> NDArray[np.uint16]:
 
 
 def pack_masks(images: Images, size: int, folder: Path | None = None) -> NDArray[np.uint16]:
-    """``(N, size, size)``: every mask once, of the nearest pixels, memory-mapped."""
+    """``(N, size, size)``: every mask once, memory-mapped: of classes the commonest under each pixel, of instances the
+    nearest (which at an even reduction lies a quarter of a pixel off).
+    """
     key = digest([_VERSION, size, images.masks, len(images.classes), images.frame["mask_content"].tolist()])[:24]
     home = (folder or cache_dir("packed")) / key
     file = home / "masks.npy"
@@ -194,10 +196,33 @@ def pack_masks(images: Images, size: int, folder: Path | None = None) -> NDArray
                     array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint16, shape=shape)
                     paths = [images.root / mask for mask in images.frame["mask"]]
                     for row, mask in enumerate(of_each(paths, partial(decode_mask, images=images), "packing masks")):
-                        array[row] = _nearest(mask, size)
+                        array[row] = _nearest(mask, size) if images.masks == "instances" else _commonest(mask, size)
                     array.flush()
     packed: NDArray[np.uint16] = np.load(file, mmap_mode="r")
     return packed
+
+
+def _commonest(mask: NDArray[np.uint16], size: int) -> NDArray[np.uint16]:
+    """The class of the largest area under each pixel; of equal ones the first."""
+    if mask.shape == (size, size):
+        return mask
+    held = np.unique(mask)
+    areas = np.stack([_area(mask == value, size) for value in held])
+    return np.asarray(held[areas.argmax(0)])
+
+
+def _area(part: NDArray[np.bool_], size: int) -> NDArray[np.float64]:
+    """``(size, size)``: how much of each pixel is covered."""
+    covered = part.astype(np.float64)
+    for axis in (0, 1):
+        side = covered.shape[axis]
+        ends = np.arange(size + 1) * side / size
+        whole = np.concatenate([np.zeros_like(covered.take([0], axis)), covered.cumsum(axis)], axis)
+        low = np.minimum(ends.astype(int), side - 1)
+        share = np.expand_dims(ends - low, 1 - axis)
+        at_ends = whole.take(low, axis) * (1 - share) + whole.take(low + 1, axis) * share
+        covered = np.diff(at_ends, axis=axis)
+    return covered
 
 
 def _nearest(mask: NDArray[np.uint16], size: int) -> NDArray[np.uint16]:
