@@ -278,5 +278,22 @@ def test_a_teacher_is_opened_by_what_it_is_called(data: Images, tmp_path: Path) 
     assert isinstance(open_teacher(tmp_path / "e.parquet"), Embeddings)
     assert isinstance(open_teacher(str(tmp_path)), Embeddings)
     assert open_teacher(opened) is opened
-    with pytest.raises(BadInput, match=r"--teacher uni3: neither a run, nor embeddings, nor a foundation model \(uni,"):
+    with pytest.raises(
+        BadInput, match=r"--teacher uni3: neither a run, .* nor a network of timm, nor a foundation model \(uni,"
+    ):
         open_teacher("uni3")
+
+
+def test_any_network_of_timm_is_a_teacher_of_its_pooled_features(tmp_path: Path, data: Images) -> None:
+    from safetensors.torch import save_file
+
+    from histill.models import Timm
+
+    network = Timm("mobilenetv3_small_050", 0).eval()
+    save_file(network.network.state_dict(), tmp_path / "w.safetensors")
+    opened = open_teacher(f"mobilenetv3_small_050={tmp_path / 'w.safetensors'}")
+    assert isinstance(opened, Frozen)
+    assert opened.image_size == 224
+    batch = pack(data, 224).batch(np.array([0, 1]))
+    with torch.no_grad():
+        assert torch.allclose(opened(batch)["pooled"], network(batch.images)["pooled"], atol=1e-5)

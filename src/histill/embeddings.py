@@ -331,12 +331,14 @@ def open_teacher(what: str | Path | Run | Keyed) -> Keyed:
 
     Args:
         what: The name of a foundation model (``uni2-h``; `histill.models.foundation.CARDS`), or ``uni2-h=FILE`` with
-            its weights; a run or its folder; embeddings (`Embeddings`); a teacher, which is returned.
+            its weights; the name of any timm network, with the weights that timm publishes for it, or ``NAME=FILE``;
+            a run or its folder; embeddings (`Embeddings`); a teacher, which is returned.
 
     Raises:
         BadInput: none of these.
         Failed: weights that cannot be fetched.
     """
+    from histill.models.adapter import Timm, known
     from histill.models.foundation import CARDS, Foundation
     from histill.run import Run
     from histill.teachers import Frozen
@@ -349,9 +351,13 @@ def open_teacher(what: str | Path | Run | Keyed) -> Keyed:
         if name in CARDS and (equals or not path.exists()):
             network = Foundation(name, weights=file if equals else "hub")
             return Frozen(network, image_size=network.input_size)
+        if known(name) and (equals or not path.exists()):
+            timm = Timm(name, 0, weights=file if equals else "imagenet")
+            return Frozen(timm, image_size=timm.input_size)
         if not path.exists():
             raise BadInput(
-                f"--teacher {text}: neither a run, nor embeddings, nor a foundation model ({', '.join(CARDS)})"
+                f"--teacher {text}: neither a run, nor embeddings, nor a network of timm, nor a foundation model "
+                f"({', '.join(CARDS)})"
             )
         if not (path / "run.json").is_file():
             return Embeddings(path)

@@ -15,7 +15,7 @@ from histill.models.parts import Normalize
 from histill.models.weights import hub, load_weights
 from histill.types import Outputs
 
-__all__ = ["Timm", "create", "intermediates"]
+__all__ = ["Timm", "create", "intermediates", "known"]
 
 _HUBS = ("hf-hub:", "hf_hub:")
 
@@ -84,6 +84,11 @@ def create(name: str, classes: int, *, pretrained: bool, **arguments: Any) -> An
         raise BadInput(f"timm's {name} does not take these arguments: {error}") from error
 
 
+def known(name: str) -> bool:
+    """Whether timm has a network of this name, or would look for it on the hub."""
+    return name.startswith(_HUBS) or bool(timm.is_model(name.partition(".")[0]))
+
+
 def intermediates(network: Any, images: Tensor) -> tuple[Tensor, Outputs]:
     """The last features of a timm network, and its stages by name."""
     if not hasattr(network, "forward_intermediates"):
@@ -95,12 +100,12 @@ def intermediates(network: Any, images: Tensor) -> tuple[Tensor, Outputs]:
 def _check(name: str, pretrained: bool) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        known = timm.list_models()
-        close = difflib.get_close_matches(architecture, known, 3) or [n for n in known if architecture in n][:3]
+        names = timm.list_models()
+        close = difflib.get_close_matches(architecture, names, 3) or [n for n in names if architecture in n][:3]
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() has them all"
         raise BadInput(f"timm has no network named {architecture!r}: {hint}")
-    names = (full.partition(".") for full in timm.list_pretrained(f"{architecture}*"))
-    tags = [its_tag for its_architecture, _, its_tag in names if its_architecture == architecture]
+    full = (whole.partition(".") for whole in timm.list_pretrained(f"{architecture}*"))
+    tags = [its_tag for its_architecture, _, its_tag in full if its_architecture == architecture]
     if tag and tag not in tags:
         raise BadInput(f"timm has no weights {tag!r} of {architecture}: it has {', '.join(tags) or 'none'}")
     if pretrained and not tags:

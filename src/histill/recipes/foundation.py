@@ -130,8 +130,8 @@ def pretrain(
 
     Args:
         unlabelled: the images.
-        teacher: a foundation model by name (histill teachers lists them), or name=FILE with its weights; a run; a
-            folder of saved embeddings; or several of these.
+        teacher: a foundation model by name (histill teachers lists them) or any network of timm, or name=FILE with its
+            weights; a run; a folder of saved embeddings; or several of these.
         network: CSAT, ResNet18SAT, or any timm name.
         weights: none, imagenet, a .safetensors or .pt file, a run, or auto: ImageNet where it can be had, else none,
             said aloud.
