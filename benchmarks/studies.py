@@ -89,6 +89,15 @@ TASKS = {
         teacher="--network mobilenetv2_100 --val 0.2 --image-size 128 --epochs 20 --batch-size 32 --lr 0.01 "
         "--precision 32-true",
     ),
+    "multi-exit-methods": Task(
+        "herlev",
+        flags="--val 0.2 --seeds 3 --image-size 64 --epochs 10 --batch-size 16 --lr 0.01 --tables 5 6 "
+        "--methods fitnet at vid rkd pkt ab crd sskd --precision bf16-mixed",
+        network="mobilenetv2_100",
+        teacher="--network mobilenetv2_100 --val 0.2 --image-size 128 --epochs 20 --batch-size 32 --lr 0.01 "
+        "--precision bf16-mixed",
+        study="multi-exit",
+    ),
     "methods": Task(
         "lc25000",
         flags="--val 0.2 --seeds 3 --student resnet10t --weights none --image-size 48 --epochs 6 --batch-size 32 "
@@ -106,6 +115,16 @@ TASKS = {
         "--networks tf_efficientnetv2_b0 --alphas 0 0.5 1 --betas 0.5 1 2 "
         "--precision 32-true",
         network="mobilenetv2_100",
+    ),
+    "kd-convnext-repeats": Task(
+        "lc25000",
+        labels=LUNG,
+        split=False,
+        flags="--val 0.1 --test 0.1 --seeds 5 --image-size 64 --epochs 16 --batch-size 16 --network convnext_atto "
+        "--weights none --teacher-network mobilenetv2_100 --teacher-weights WEIGHTS --teacher-epochs 10 "
+        "--tables 2 --precision bf16-mixed",
+        network="mobilenetv2_100",
+        study="kd-convnext",
     ),
     "kd-convnext-networks": Task(
         "lc25000",
@@ -182,7 +201,7 @@ def main() -> None:
     task = TASKS[name]
     table = manifest(task, data / task.images, out / "images")
     weights = imagenet(task, data, table, out) if task.network else Path()
-    teacher = trained_teacher(name, task, table, weights, out) if task.teacher else []
+    teacher = trained_teacher(task.study or name, task, table, weights, out) if task.teacher else []
     words = {"WEIGHTS": str(weights)}
     if task.other:
         words["OTHER"] = str(manifest(Task(task.other, ""), data / task.other, out / "other"))
