@@ -13,7 +13,7 @@ from histill.commands import app
 from histill.commands import data as _data
 from histill.commands import models as _models
 from histill.commands import slides as _slides
-from histill.errors import HistillError
+from histill.errors import HistillError, printable
 
 __all__ = ["main"]
 
@@ -70,5 +70,5 @@ def run(tokens: list[str]) -> int:
 def _fail(status: int, line: str, hint: str = "") -> int:
     if os.environ.get("HISTILL_DEBUG"):
         traceback.print_exc()
-    print(f"histill: {' '.join(line.split())}{f' ({hint})' if hint else ''}", file=sys.stderr)  # noqa: T201
+    print(f"histill: {' '.join(printable(line).split())}{f' ({hint})' if hint else ''}", file=sys.stderr)  # noqa: T201
     return status

@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["BadInput", "Failed", "HistillError", "require"]
+__all__ = ["BadInput", "Failed", "HistillError", "out_of_memory", "printable", "require"]
+
+_CONTROL = {c: ascii(chr(c))[1:-1] for c in (*range(32), *range(127, 160), *range(0xD800, 0xE000)) if c not in (9, 10)}
 
 
 class HistillError(Exception):
     """Base of the errors that the command line prints as one line; `status` is its exit status."""
 
     status = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__()).replace("\n", " ")
 
 
 class BadInput(HistillError, ValueError):
@@ -22,6 +27,26 @@ class BadInput(HistillError, ValueError):
 
 class Failed(HistillError, RuntimeError):
     """The work failed although its input was in order (exit status 1)."""
+
+
+_CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+_ONNX_RUNTIME = ("Failed to allocate memory", "bad_alloc")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: a device's, as torch says it, or the machine's, as Python, torch or a runtime does."""
+    if isinstance(error, MemoryError):
+        return True
+    kind, text = type(error), str(error)
+    if kind.__name__ == "OutOfMemoryError" and kind.__module__.startswith("torch"):  # torch is not imported for this
+        return True
+    allocator = isinstance(error, RuntimeError) and any(sign in text for sign in _CPU_ALLOCATOR)
+    return allocator or (kind.__module__.startswith("onnxruntime") and any(sign in text for sign in _ONNX_RUNTIME))
+
+
+def printable(text: str) -> str:
+    """``text`` without what a terminal would obey or a stream refuse: names in it may be a stranger's."""
+    return text.translate(_CONTROL)
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -20,6 +20,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from histill.errors import printable
+
 __all__ = ["Bar", "notice", "progress", "say"]
 
 _EVERY_S = 20.0
@@ -28,7 +30,7 @@ _EVERY_S = 20.0
 def say(line: str) -> None:
     """A line for people, on stderr; of several processes that ``torchrun`` started the first speaks."""
     if _first_process():
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
+        print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def notice(line: str) -> None:

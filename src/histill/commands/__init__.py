@@ -6,6 +6,8 @@ from typing import Annotated
 
 import cyclopts
 
+from histill.errors import printable
+
 __all__ = ["Count", "Seconds", "app", "data_app", "show"]
 
 app = cyclopts.App(
@@ -28,4 +30,4 @@ Seconds = Annotated[float, cyclopts.Parameter(validator=cyclopts.validators.Numb
 
 def show(value: object) -> None:
     """What a command was asked for, on stdout."""
-    print(value)  # noqa: T201
+    print(printable(str(value)))  # noqa: T201
