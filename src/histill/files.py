@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,8 @@ from histill.errors import BadInput, Failed, HistillError
 __all__ = [
     "atomic",
     "cache_dir",
+    "check_room",
+    "claim",
     "digest",
     "file_digest",
     "locked",
@@ -29,30 +32,103 @@ __all__ = [
 ]
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place when the block ends without an error."""
+def atomic(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
+
+    A kill leaves the old file or the new one. With ``durable`` so does a loss of power: the bytes are on the disk
+    before the name is.
+
+    Raises:
+        Failed: the disk is full.
+        BadInput: the folder may not be written to.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if durable:
+            _to_disk(temporary)
         os.replace(temporary, path)
+        if durable:
+            _to_disk(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) or error from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """`atomic` for torch and safetensors, which report a failed write in words of their own: `Failed`, one line."""
+    """`atomic` and durable, for torch and safetensors, which report a failed write in words of their own."""
     try:
-        with atomic(path) as temporary:
+        with atomic(path, durable=True) as temporary:
             yield temporary
     except HistillError:
         raise
     except Exception as error:  # noqa: BLE001 - torch raises RuntimeError, safetensors an error of its own
+        number = errno.ENOSPC if os.access(Path(path).parent, os.W_OK) else errno.EROFS
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Failed(f"cannot write {path}: is the disk full? What was saved before is kept ({why})") from None
+        raise _cannot_write(path, OSError(number, why)) or error from None
+
+
+def _to_disk(path: Path) -> None:
+    held = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    finally:
+        os.close(held)
+
+
+def _cannot_write(path: Path, error: OSError) -> HistillError | None:
+    """What to say of a full or a write-protected disk; None where the error is another one."""
+    why = error.strerror or str(error)
+    if error.errno in _FULL or os.strerror(errno.ENOSPC) in str(error):  # HDF5 hides the number in a text
+        return Failed(f"cannot write {path}: disk full ({why}); make room and start again, what was done is kept")
+    here = (None, *map(str, (path, *path.parents)))
+    if error.errno in _FORBIDDEN and (error.filename in here or path.name in str(error.filename)):
+        cached = path.is_relative_to(_cache_root())
+        remedy = "set HISTILL_CACHE to another folder" if cached else "give another --out"
+        return BadInput(f"cannot write {path}: {why}; {remedy}")
+    return None
+
+
+def check_room(folder: Path, size: int, what: str) -> None:
+    """`Failed` where ``what`` takes more bytes than the disk of ``folder`` has free."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise Failed(
+            f"{what} takes {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free; make room"
+            + (", or set HISTILL_CACHE to another disk" if folder.is_relative_to(_cache_root()) else "")
+        )
+
+
+def claim(path: Path) -> None:
+    """Take the space on disk that a sparse file has not taken yet.
+
+    A memory-mapped array is such a file, and a disk that is full when a page of it is written ends the process
+    (SIGBUS). Here it is an error.
+
+    Raises:
+        Failed: the disk is full; the file is removed.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
+            return
+        path.unlink(missing_ok=True)
+        raise _cannot_write(path, error) or error from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,8 +138,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically; NaN and infinities are refused (`ValueError`)."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write ``value`` as indented JSON, durably; NaN and infinities are refused (`ValueError`)."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic(path, durable=True) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -89,10 +167,16 @@ def file_digest(path: Path) -> str:
 
 def cache_dir(*parts: str) -> Path:
     """A folder for what can be made again: ``$HISTILL_CACHE``, else ``~/.cache/histill``."""
-    root = Path(os.environ.get("HISTILL_CACHE") or Path.home() / ".cache" / "histill")
-    path = root.joinpath(*parts)
-    path.mkdir(parents=True, exist_ok=True)
+    path = _cache_root().joinpath(*parts)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) or error from None
     return path
+
+
+def _cache_root() -> Path:
+    return Path(os.environ.get("HISTILL_CACHE") or Path.home() / ".cache" / "histill")
 
 
 def sweep(folder: Path) -> None:
@@ -105,21 +189,32 @@ def sweep(folder: Path) -> None:
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold ``folder`` for this process (released even by a kill); an error takes it away again where it left nothing.
 
+    The lock is `flock`'s. On NFS it holds between machines from version 4 on, or with a lock daemon; where a file
+    system has no locks at all, a notice says so.
+
     Raises:
-        BadInput: another process holds it; with ``wait`` its turn is awaited.
+        BadInput: another process holds it (with ``wait`` its turn is awaited), or it may not be written to.
     """
     lock = folder / ".lock"
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = lock.open("a")
         except FileNotFoundError:
             continue  # who held it has just taken the folder away
+        except OSError as error:
+            raise _cannot_write(folder, error) or error from None
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise BadInput(f"another process is writing to {folder}; wait for it or give another --out") from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                from histill.progress import notice
+
+                notice(f"{folder} lies where files cannot be locked: see that no other process writes to it")
             try:
                 held = os.path.samestat(os.fstat(file.fileno()), lock.stat())
             except FileNotFoundError:

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from histill.data.images import Images
 from histill.data.packed import Packed, pack
-from histill.errors import BadInput, Failed
+from histill.errors import BadInput, Failed, out_of_memory
 from histill.evaluate import labels
 from histill.evaluate.task import task_of
 from histill.experiment import Experiment
 from histill.files import atomic, cache_dir, digest, locked, read_json, sweep, write_json, writing
 from histill.learner import Average, Learner, check_draws, freeze
 from histill.machine import launch, logged
+from histill.memory import Buffers, Fits, halved
 from histill.progress import Bar, notice, progress
 from histill.record import check_finished, check_same, describe, record
 from histill.run import Run, without_weights
@@ -50,6 +51,7 @@ class State:
     best_epoch: int = -1
     seconds: float = 0.0
     images: int = 0
+    pieces: int = 1  # into which a batch is cut because it does not fit into memory
     sums: dict[str, float] = field(default_factory=dict)
     log: list[dict[str, float]] = field(default_factory=list)
 
@@ -105,6 +107,8 @@ def train(
                 _train(experiment, out, before, fabric, compile, keep_checkpoint, checkpoint_seconds, command)
         else:
             check_finished(before, experiment, out)
+            if fabric.is_global_zero and before.get("checkpoint_kept") is False:  # a kill came before it was removed
+                (out / "checkpoint.pt").unlink(missing_ok=True)
         fabric.barrier()
         return Run(out, read_json(out / "run.json"), without_weights(experiment.student))
 
@@ -179,7 +183,7 @@ def _train(
             with writing(checkpoint) as temporary:
                 torch.save(everything, temporary)
 
-    judged = average.network if average else student
+    judged, buffers = average.network if average else student, Buffers(learner)
     saved_at = time.monotonic()
     steps = math.ceil(len(rows["train"]) / experiment.batch_size)
     seen = state.epoch * len(rows["train"]) + state.step * experiment.batch_size
@@ -190,12 +194,11 @@ def _train(
             while state.step < steps:
                 start = time.monotonic()
                 batch_rows = order[state.step * experiment.batch_size :][: experiment.batch_size]
-                torch.manual_seed(_mixed(experiment.seed, state.epoch, state.step, fabric.global_rank))
                 when = state.epoch + state.step / steps
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = float(rate * experiment.schedule(when))
                 if len(batch_rows) > 1 or steps == 1:
-                    _step(experiment, packed, batch_rows, state, teacher, forward, optimizer, fabric)
+                    _step(experiment, packed, batch_rows, state, teacher, forward, optimizer, fabric, buffers)
                     if average:
                         average.update(student, state.epoch * steps + state.step)
                 state.step += 1
@@ -217,6 +220,7 @@ def _train(
     if isinstance(teacher, Cached):
         teacher.flush()
     if fabric.is_global_zero:
+        info["checkpoint_kept"] = keep_checkpoint
         _finish(experiment, out, info, state, judged, best, packed, rows, fabric)
         if not keep_checkpoint:
             checkpoint.unlink(missing_ok=True)
@@ -246,31 +250,23 @@ def _step(
     forward: Any,
     optimizer: Any,
     fabric: Fabric,
+    buffers: Buffers,
 ) -> None:
-    """One step of the optimiser. The batch is cut into a part per process and accumulation; each counts by its size."""
-    view = state.epoch % (experiment.views or experiment.epochs)
-    parts = np.array_split(rows, fabric.world_size * experiment.accumulate)
-    mine = parts[fabric.global_rank :: fabric.world_size]
-    raw: dict[str, float] = {}
-    for number, part in enumerate(mine):
-        share = len(part) / len(rows)
-        part = part if len(part) else rows[:1]  # a process without images still takes part, with no weight
-        views = torch.full((len(part),), view)
-        batch = packed.batch(
-            part,
-            views,
-            augment=experiment.augment,
-            seed=experiment.seed,
-            device=fabric.device,
-        )
-        said = teacher(batch) if teacher is not None else Outputs()
-        waits = fabric.world_size > 1 and number < len(mine) - 1
-        with fabric.no_backward_sync(forward) if waits else nullcontext():
-            terms = forward(batch, said)
-            fabric.backward(total(terms) * share * fabric.world_size)
-        for name, (weight, loss) in terms.items():
-            raw[name] = raw.get(name, 0.0) + float(loss.detach()) * share
-            state.sums[f"weight/{name}"] = float(weight)
+    """One step of the optimiser; where memory runs out on the way to the gradient, anew in more pieces."""
+    buffers.keep()
+    while True:
+        pieces = math.ceil(len(rows) * state.pieces / experiment.batch_size)  # of a last, smaller batch fewer
+        parts = fabric.world_size * experiment.accumulate * pieces
+        try:
+            raw = _gradient(experiment, packed, np.array_split(rows, parts), state, teacher, forward, fabric)
+            break
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        # Only here, where the error and the tensors of its frames are gone, can their memory be had again.
+        state.pieces = halved(state.pieces, images=len(rows), parts=parts, processes=fabric.world_size)
+        optimizer.zero_grad(set_to_none=True)
+        buffers.restore()
     if fabric.world_size > 1:  # every process knows, logs and fails on the same figures
         summed = fabric.all_reduce(torch.tensor(list(raw.values()), dtype=torch.float64), reduce_op="sum")
         raw = dict(zip(raw, summed.tolist()))
@@ -286,6 +282,39 @@ def _step(
         fabric.clip_gradients(forward, optimizer, max_norm=experiment.clip, error_if_nonfinite=False)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _gradient(
+    experiment: Experiment,
+    packed: Packed,
+    parts: list[NDArray[np.int64]],
+    state: State,
+    teacher: Teacher | None,
+    forward: Any,
+    fabric: Fabric,
+) -> dict[str, float]:
+    """Add a batch's gradient to that of the weights and return its raw terms.
+
+    The batch is cut into a part per process, accumulation and piece; each counts by its size.
+    """
+    torch.manual_seed(_mixed(experiment.seed, state.epoch, state.step, fabric.global_rank))
+    view = state.epoch % (experiment.views or experiment.epochs)
+    mine, images = parts[fabric.global_rank :: fabric.world_size], sum(map(len, parts))
+    raw: dict[str, float] = {}
+    for number, part in enumerate(mine):
+        share = len(part) / images
+        part = part if len(part) else parts[0][:1]  # a process without images still takes part, with no weight
+        kind: dict[str, Any] = {"augment": experiment.augment, "seed": experiment.seed, "device": fabric.device}
+        batch = packed.batch(part, torch.full((len(part),), view), **kind)
+        said = teacher(batch) if teacher is not None else Outputs()
+        waits = fabric.world_size > 1 and number < len(mine) - 1
+        with fabric.no_backward_sync(forward) if waits else nullcontext():
+            terms = forward(batch, said)
+            fabric.backward(total(terms) * share * fabric.world_size)
+        for name, (weight, loss) in terms.items():
+            raw[name] = raw.get(name, 0.0) + float(loss.detach()) * share
+            state.sums[f"weight/{name}"] = float(weight)
+    return raw
 
 
 def _mixed(*numbers: int) -> int:
@@ -368,13 +397,21 @@ def _judge_teacher(
     if task_of(packed.images) is not labels:
         return {}
     teacher = getattr(teacher, "teacher", teacher) if isinstance(teacher, Cached) else teacher
-    said = []
-    for start in range(0, len(val), 64):
-        batch = packed.batch(val[start : start + 64], device=fabric.device)
+    said, fits = [], Fits("the teacher")
+
+    def ask(rows: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        batch = packed.batch(rows, device=fabric.device)
         outputs = teacher(batch._replace(labels=torch.full_like(batch.labels, -1)))  # it may use those of training
         if "logits" not in outputs or outputs["logits"].shape[1:] != (len(experiment.data.classes),):
-            return {}
-        said.append(outputs["logits"].double().cpu().numpy())
+            return None
+        logits: NDArray[np.float64] = outputs["logits"].double().cpu().numpy()
+        return logits
+
+    for start in range(0, len(val), 64):
+        for logits in fits(ask, val[start : start + 64]):
+            if logits is None:
+                return {}
+            said.append(logits)
     figures = labels.validate({"logits": np.concatenate(said)}, packed, val)
     share, chance = figures["balanced_accuracy"], 1 / len(experiment.data.classes)
     if share < chance + 2 * math.sqrt(chance * (1 - chance) / len(val)):
