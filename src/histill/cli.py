@@ -26,6 +26,7 @@ VERBS = {
     "distill": "Teacher, student alone, distilled student; comparison, export, report.",
     "train": "Run one experiment, such as dsnet.teacher.",
     "study": "A paper's whole set of experiments, beside its own numbers.",
+    "cache": "Ask a teacher about all views before training, on one machine or many.",
 }
 """Commands whose flags are those of the recipe or the study that is named."""
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -17,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from histill.embeddings import Embeddings, Several, Standardised, bound, open_teacher, standardise
-from histill.errors import BadInput, Failed
-from histill.files import digest, read_json, write_json
+from histill.errors import BadInput
+from histill.files import atomic, check_room, claim, digest, locked, read_json, write_json
 from histill.progress import say
 from histill.run import Run
 from histill.types import Batch, Outputs
@@ -174,7 +171,7 @@ class Cached:
 
     def __call__(self, batch: Batch) -> Outputs:
         views, ids = batch.views.numpy(), batch.ids.numpy()
-        missing = ~self._known[views, ids]
+        missing = self.missing(views, ids)
         if missing.any():
             self._ask(batch, missing)
         self.asked += int(missing.sum())
@@ -187,24 +184,36 @@ class Cached:
     def _ask(self, batch: Batch, missing: NDArray[np.bool_]) -> None:
         """Ask about the whole batch, keep what is missing: an answer's last bit can depend on the batch around it."""
         said = self.teacher(batch)
+        self.keep(batch.views.numpy(), batch.ids.numpy(), {n: said[n].cpu().numpy() for n in self.outputs}, missing)
+
+    def missing(self, views: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """``(B,)``: which of these views the teacher has not been asked about."""
+        return np.asarray(~self._known[views, ids])
+
+    def keep(
+        self,
+        views: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        said: Mapping[str, NDArray[Any]],
+        missing: NDArray[np.bool_],
+    ) -> None:
+        """Keep what the teacher said by output, ``(B, ...)``, of those views that are missing; whoever asked it."""
         if not self._stores:
             self._make(said)
-        views, ids = batch.views.numpy()[missing], batch.ids.numpy()[missing]
+        views, ids = views[missing], ids[missing]
         for name in self.outputs:
-            self._open(name)[views, ids] = said[name].cpu().numpy()[missing].astype(self.dtype)
+            self._open(name)[views, ids] = said[name][missing].astype(self.dtype)
         self._known[views, ids] = True
         self._pending.append((views, ids))
         if time.monotonic() - self._saved > 10:
             self.flush()
 
-    def _make(self, said: Outputs) -> None:
+    def _make(self, said: Mapping[str, NDArray[Any]]) -> None:
         shapes = {name: (*self.shape, *said[name].shape[1:]) for name in self.outputs}
         bytes_ = sum(int(np.prod(shape)) * self.dtype.itemsize for shape in shapes.values())
         absent = [name for name in self.outputs if not (self.folder / f"{name}.npy").exists()]
         if absent:
-            free = shutil.disk_usage(self.folder).free
-            if bytes_ > free:
-                raise Failed(f"the teacher's cache takes {bytes_ / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB")
+            check_room(self.folder, bytes_, "the teacher's cache")
             say(
                 f"teacher's cache: {self.shape[1]} images x {self.shape[0]} views, {bytes_ / 1e6:.1f} MB, "
                 f"in {self.folder}"
@@ -233,17 +242,13 @@ class Cached:
 def _shared(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[Any]:
     """A memory-mapped array of zeros that any number of processes may open; the first makes it."""
     if not path.exists():
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=tuple(shape)).flush()
-        if hasattr(os, "posix_fallocate"):  # a disk that fills is then an error here, not a dead process later
-            with temporary.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-        try:
-            os.link(temporary, path)  # unlike a rename this does not replace what another process just made
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+        with locked(path.parent, wait=True):  # not to replace what another process just made
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # as large as the cache, by a process that was killed
+                left.unlink()
+            if not path.exists():
+                with atomic(path) as temporary:
+                    np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=tuple(shape)).flush()
+                    claim(temporary)
     array: NDArray[Any] = np.load(path, mmap_mode="r+")
     if array.shape != tuple(shape) or array.dtype != dtype:
         raise BadInput(f"{path} holds {array.shape} {array.dtype}, not {tuple(shape)} {dtype}; remove it")

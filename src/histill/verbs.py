@@ -15,7 +15,7 @@ from histill.files import read_json, write_json
 from histill.flags import COMMON, LACKING, SLIDES, SPLIT, WORDS, command_of, common, merged, read_data, signature_flags
 from histill.progress import say
 
-__all__ = ["recipe_command", "summary_lines"]
+__all__ = ["check_finite", "experiment_of", "recipe_command", "summary_lines", "takes_data"]
 
 
 def recipe_command(tokens: list[str], what: str) -> tuple[str, Any]:
@@ -35,7 +35,14 @@ def recipe_command(tokens: list[str], what: str) -> tuple[str, Any]:
 
         there = studies() if verb == "study" else recipes()
         raise BadInput(f"histill {verb} needs a {_kind(verb)}: {', '.join(there)}, or file.py:function")
-    builders = {"train": _train_command, "distill": _distill_command, "study": _study_command}
+    from histill.caching import cache_command
+
+    builders = {
+        "train": _train_command,
+        "distill": _distill_command,
+        "study": _study_command,
+        "cache": cache_command,
+    }
     return verb, builders[verb](name)
 
 
@@ -46,7 +53,7 @@ def _kind(verb: str) -> str:
 
 def _unnamed(verb: str, what: str) -> Any:
     """What ``histill VERB --help`` shows before a recipe is named."""
-    name = "dsnet.student" if verb == "train" else "dsnet"
+    name = "dsnet.student" if verb in ("train", "cache") else "dsnet"
     hint = f"Name the {_kind(verb)} to see its flags: histill {verb} {name} --help"
     return command_of(f"{what}\n\n{hint}", {}, lambda values: None, _kind(verb))
 
@@ -92,7 +99,7 @@ def _check_free(out: Path) -> None:
         raise BadInput(f"--out {out}: {there} cannot be written to; give another folder")
 
 
-def _check_finite(values: dict[str, Any]) -> None:
+def check_finite(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise BadInput(f"--{name.replace('_', '-')} {value}: give a finite number")
@@ -157,7 +164,7 @@ def _train_command(name: str) -> Any:
         "compile": (bool, False, "compile the network with torch.compile."),
         "code": (Path | None, None, "the Python file of a teacher's network that is not Histill's."),
     }
-    if not _takes_data(function):
+    if not takes_data(function):
         machine = common(*(n for n, *_ in COMMON if n not in ("data", *SPLIT)))
         flags = merged(machine, signature_flags(function, WORDS), extra)
         return command_of(f"Run one experiment: {name}.", flags, lambda values: _train(name, function, flags, values))
@@ -171,21 +178,19 @@ def _train_command(name: str) -> Any:
     return command_of(f"Run one experiment: {name}.", flags, lambda values: _train(name, function, flags, values))
 
 
-def _takes_data(function: Callable[..., Any]) -> bool:
+def takes_data(function: Callable[..., Any]) -> bool:
     """Whether a recipe learns from images with labels or masks; one that does not takes ``--unlabelled`` alone."""
     return "data" in inspect.signature(function).parameters
 
 
 def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str, Any]) -> None:
-    from histill.data import read_unlabelled
-    from histill.distill import open_teachers
     from histill.experiment import plain
     from histill.loop import train
 
     given = values
     values = {n: d for n, (_, d, _) in flags.items()} | given
     out: Path = values.pop("out")
-    _check_finite(values)
+    check_finite(values)
     if values["resume"]:
         recorded = _record(out, "run.json")
         if recorded["status"] == "finished":
@@ -197,23 +202,11 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
     else:
         _check_free(out)
     _cut(out, values)
-    needed = "data" if _takes_data(function) else "unlabelled"
+    needed = "data" if takes_data(function) else "unlabelled"
     if values[needed] is None:
         raise BadInput(LACKING[needed])
     record = {n: plain(v) for n, v in values.items() if n != "resume"}
-    machine = ("device", "precision", "resume", "logger", "compile", "code")
-    own = {n: values.pop(n) for n in (*SPLIT, *SLIDES, "data", *machine) if n in values}
-    if values.get("unlabelled"):
-        values["unlabelled"] = read_unlabelled(values["unlabelled"])
-    if needed == "data":
-        images = read_data(own | {"seed": values.get("seed", 0)})
-        weighting = values.pop("weighting", "mean")
-        if values.get("teacher"):
-            values["teacher"] = open_teachers(values["teacher"], images, weighting=weighting, code=own["code"])
-        values["data"] = images
-    elif values.get("teacher"):
-        values["teacher"] = values["teacher"][0] if len(values["teacher"]) == 1 else values["teacher"]
-    experiment = function(**values)
+    experiment, own = experiment_of(function, values)
     _check_trains(experiment)
     done = train(
         experiment,
@@ -226,6 +219,26 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
         command=record,
     )
     say(f"{done.path / 'report.html'}")
+
+
+def experiment_of(function: Callable[..., Any], values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The recipe's experiment, and those of ``values`` that are not the recipe's own."""
+    from histill.data import read_unlabelled
+    from histill.distill import open_teachers
+
+    others = (*SPLIT, *SLIDES, "data", "device", "precision", "resume", "logger", "compile", "code", "ray", "threads")
+    own = {n: values.pop(n) for n in others if n in values}
+    if values.get("unlabelled"):
+        values["unlabelled"] = read_unlabelled(values["unlabelled"])
+    if "data" in own:
+        images = read_data(own | {"seed": values.get("seed", 0)})
+        weighting = values.pop("weighting", "mean")
+        if values.get("teacher"):
+            values["teacher"] = open_teachers(values["teacher"], images, weighting=weighting, code=own["code"])
+        values["data"] = images
+    elif values.get("teacher"):
+        values["teacher"] = values["teacher"][0] if len(values["teacher"]) == 1 else values["teacher"]
+    return function(**values), own
 
 
 def _agreed(given: dict[str, Any], values: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
@@ -289,7 +302,7 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
     given = values
     values = {n: d for n, (_, d, _) in flags.items()} | given
     out: Path = values.pop("out")
-    _check_finite(values)
+    check_finite(values)
     for name_ in SHARED:  # what was given for the student holds for its teacher, unless --teacher-... says otherwise
         if name_ in given and values.get(f"teacher_{name_}", ...) is None:
             values[f"teacher_{name_}"] = given[name_]
@@ -372,7 +385,7 @@ def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: d
     given = values
     values = {n: d for n, (_, d, _) in flags.items()} | given
     out: Path = values.pop("out")
-    _check_finite(values)
+    check_finite(values)
     if values["resume"]:
         recorded = _record(out, "distill.json")
         if (out / "summary.json").is_file():

@@ -1,0 +1,195 @@
+"""Work that outgrows one machine: the functions of one process, called by the workers of a Ray cluster.
+
+The workers answer, whoever called them writes. A worker that dies loses the piece it had in hand, which another takes
+up; an error in one piece is that piece's answer and stops no other. Ray runs whatever it is sent by who reaches its
+ports: a cluster of this module's own listens on this machine alone and asks for a token that nobody else has.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import socket
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from histill.errors import BadInput, Failed, HistillError, require
+from histill.progress import notice, progress, say
+
+__all__ = ["joined", "spread"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_LIVES = 3  # workers that may die over one piece
+
+
+@contextmanager
+def joined(address: str) -> Iterator[Any]:
+    """Ray, connected to a cluster; one that is connected already is taken as it is, and left so.
+
+    Args:
+        address: ``HOST:PORT``, or ``auto``: the cluster that ``ray start`` or ``RAY_ADDRESS`` made known here,
+            otherwise one of this machine's cores, for as long as the block lasts.
+
+    Raises:
+        BadInput: Ray is not installed, or nothing answers there.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning of what is to come
+    ray = require("ray", "cluster")
+    if ray.is_initialized():
+        yield ray
+        return
+    passed = {name: os.environ[name] for name in ("HISTILL_CACHE", "HF_HOME", "TORCH_HOME") if name in os.environ}
+    options = {
+        "runtime_env": {"env_vars": passed | {"HISTILL_QUIET": "1"}},
+        "log_to_driver": False,
+        "logging_level": "error",
+    }
+    if address == "auto":
+        try:
+            ray.init(address="auto", **options)
+        except ConnectionError:
+            _begin(ray, options)
+    else:
+        _check(address)
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise BadInput(f"--ray {address}: {str(error).strip().splitlines()[0]}") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _begin(ray: Any, options: dict[str, Any]) -> None:
+    """A cluster of this machine, which nobody else reaches."""
+    private = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: on the loopback address
+    }
+    before = {name: os.environ.get(name) for name in private}
+    os.environ |= private
+    try:
+        ray.init(address="local", include_dashboard=False, **options)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _check(address: str) -> None:
+    """`BadInput` where nothing listens; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and host and port.isdigit()):
+        raise BadInput(f"--ray {address}: auto, or HOST:PORT of a cluster's head, such as 10.0.0.1:6379")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise BadInput(
+            f"--ray {address}: no cluster answers there ({error}); start one with ray start --head"
+        ) from None
+
+
+def spread(
+    make: Callable[[], Callable[[T], R]],
+    items: Sequence[T],
+    *,
+    ray: str,
+    what: str,
+    unit: str,
+    names: Sequence[str],
+    cpus: int | None = None,
+    gpu: bool = False,
+) -> Iterator[tuple[int, R | HistillError]]:
+    """The answer to every item with the item's number, in the order in which they come, under a bar.
+
+    Args:
+        make: called once by each worker, for the function of an item. Both are pickled, and so are the answers.
+        items: what is asked; begun in their order.
+        ray: as ``address`` of `joined`.
+        what: stands beside the bar.
+        unit: of it.
+        names: of the items, for notices.
+        cpus: cores of each worker (default: one, or with GPUs its share of the machine's).
+        gpu: a worker may have a GPU; it gets one where the cluster has any.
+
+    Yields:
+        The answer, or the error that was raised: `Failed` where workers died over the item again and again.
+
+    Raises:
+        BadInput: no machine of the cluster has so many cores.
+    """
+    with joined(ray) as its:
+        there = its.cluster_resources()
+        gpus = int(there.get("GPU", 0)) if gpu else 0
+        cores = cpus or (max(1, int(there.get("CPU", 1)) // gpus) if gpus else 1)
+        most = max((int(node["Resources"].get("CPU", 0)) for node in its.nodes() if node["Alive"]), default=0)
+        if cores > most:
+            raise BadInput(f"--threads {cores}: no machine of the cluster has more than {most} cores")
+        remote = its.remote(num_cpus=cores, num_gpus=int(gpus > 0), max_retries=0)(_work)
+        made = its.put((version("histill"), cores, make))
+        waiting, running, deaths = deque(range(len(items))), {}, Counter[int]()
+        with progress(what, len(items), unit) as bar:
+            while waiting or running:
+                there = its.cluster_resources()  # machines come and go
+                slots = (gpus and int(there.get("GPU", 0))) or int(there.get("CPU", 0)) // cores
+                while waiting and len(running) < max(1, slots) + 2:
+                    number = waiting.popleft()
+                    running[remote.remote([made], items[number])] = number
+                for done in its.wait(list(running), timeout=5)[0]:
+                    number = running.pop(done)
+                    try:
+                        answer, lines = its.get(done)
+                    except its.exceptions.RayTaskError as error:
+                        answer, lines = _own(error), []
+                    except its.exceptions.RayError as error:  # the worker's end, not the work's
+                        deaths[number] += 1
+                        why = type(error).__name__
+                        if deaths[number] < _LIVES:
+                            notice(f"the worker over {names[number]} died ({why}); another takes it up")
+                            waiting.append(number)
+                            continue
+                        answer, lines = Failed(f"{names[number]}: {_LIVES} workers died over it ({why})"), []
+                    for line in lines:
+                        say(line)
+                    bar.advance()
+                    yield number, answer
+
+
+def _own(error: Any) -> HistillError:
+    """What a worker raised, as an error of ours."""
+    cause = error.cause
+    if isinstance(cause, HistillError):
+        return cause
+    return Failed(f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}")
+
+
+_made: dict[Any, Callable[[Any], Any]] = {}
+"""What this worker has made, by the reference of its maker: the last one."""
+
+
+def _work(reference: list[Any], item: Any) -> tuple[Any, list[str]]:
+    """In a worker: the answer, and the notices that there were."""
+    import ray
+    import torch
+
+    if reference[0] not in _made:
+        _made.clear()
+        theirs, cores, make = ray.get(reference[0])
+        if theirs != (ours := version("histill")):
+            raise Failed(f"a worker has Histill {ours}, not {theirs}; install one version on all machines")
+        torch.set_num_threads(cores)
+        _made[reference[0]] = make()
+    with redirect_stderr(io.StringIO()) as said:
+        answer = _made[reference[0]](item)
+    return answer, [line for line in said.getvalue().splitlines() if line.startswith("note: ")]
