@@ -12,11 +12,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from histill.errors import BadInput
 
-__all__ = ["EXTENSIONS", "MAX_PIXELS", "decode", "load"]
+__all__ = ["EXTENSIONS", "FORMATS", "MAX_PIXELS", "decode", "load"]
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
+"""What a file may be, whatever it is called. Pillow knows forty more, PostScript among them, which it would run."""
 MAX_PIXELS = 2 * 89_478_485
 """Larger pictures are refused, as Pillow does: a slide belongs to the slide reader, a decompression bomb nowhere."""
+
+_PART_PX = 1 << 22
 
 # Errors that are the file's own fault: Pillow's have no number, and a damaged file may make it seek to where no
 # file goes. Any other is the machine's trouble: too many open files, a disk or a share that does not answer.
@@ -37,7 +41,10 @@ def decode(path: Path) -> tuple[Image.Image, str]:
         OSError: the file cannot be read just now, whatever is in it.
     """
     try:
-        with path.open("rb") as file, Image.open(file) as picture:  # a path Pillow would leave open if reading it fails
+        with (
+            path.open("rb") as file,
+            Image.open(file, formats=FORMATS) as picture,
+        ):  # a path Pillow would leave open if reading it fails
             picture.load()
             return _rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:
@@ -59,14 +66,24 @@ def _rgb(picture: Image.Image) -> tuple[Image.Image, str]:
     if mode == "RGB" and "transparency" not in picture.info:
         return picture, ""
     if mode.startswith("I") or mode == "F":
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-        top = 65535.0 if mode.startswith("I;16") else _range(float(values.max()), mode)
-        grey = np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8)
+        values = np.asarray(picture)
+        parts = range(0, len(values), max(1, _PART_PX // max(1, picture.width)))  # 64-bit copies of all would be large
+        rows = next(iter(parts[1:]), len(values))
+        top = 65535.0
+        if not mode.startswith("I;16"):
+            top = _range(
+                max(float(np.nan_to_num(values[at : at + rows].astype(np.float64)).max()) for at in parts), mode
+            )
+        grey = np.empty(values.shape, np.uint8)
+        for at in parts:
+            part = np.nan_to_num(values[at : at + rows].astype(np.float64))
+            grey[at : at + rows] = np.clip(part * (255.0 / top), 0, 255).round()
         return Image.fromarray(grey).convert("RGB"), mode
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         layer = picture.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB"), mode
+        over = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        over.alpha_composite(layer)
+        return over.convert("RGB"), mode
     return picture.convert("RGB"), mode
 
 

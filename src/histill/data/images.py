@@ -30,6 +30,13 @@ UNLABELLED = ""
 """The label of an image that has none."""
 
 _CHUNK = 64
+_MOST_BYTES = 1 << 30
+"""Of a manifest; ten million images need about as much."""
+_MOST_COLUMNS = 1000
+_MOST_HEADER = 1 << 16
+_MOST_LABEL = 200
+"""Characters of a class name."""
+_CONTROL = r"[\x00-\x1f\x7f-\x9f]"
 
 COLUMNS = ("path", "label", "patient", "split", "mask", "site", "slide", "mpp", "content", "mask_content")
 _SPLIT_NAMES = {
@@ -117,7 +124,11 @@ class Images:
                 frame = pd.read_csv(file, dtype=str, keep_default_na=False)
             if missing := set(COLUMNS) - {"slide", "mpp", "mask_content"} - set(frame):
                 raise ValueError(f"no column {few(sorted(missing))}")
-            masks = header.get("masks", "")
+            masks, names = header.get("masks", ""), header["classes"]
+            if masks not in ("", "classes", "instances") or not all(isinstance(name, str) for name in names):
+                raise ValueError("its first line is not one that Histill writes")
+            if frame.isna().any(axis=None):
+                raise ValueError("a row is cut short")
             return cls(complete(frame), Path(header["root"]), tuple(header["classes"]), masks=masks)
         except FileNotFoundError:
             raise BadInput(f"{path} does not exist") from None
@@ -165,6 +176,7 @@ def read_images(source: str | Path, *, patient: str | None = None) -> Images:
         raise BadInput(f"--data {source}: no such folder or manifest")
     if patient is not None:
         frame["patient"] = _patients(frame["path"], patient)
+    _check_names(frame, source)
     notices = []
     if repeated := sorted(frame["path"][frame["path"].duplicated()].unique()):
         frame = frame.drop_duplicates(["path", "label", "split", "patient"]).reset_index(drop=True)
@@ -176,6 +188,8 @@ def read_images(source: str | Path, *, patient: str | None = None) -> Images:
     if 0 < (nobody := frame["patient"] == "").sum() < len(frame):
         notices.append(f"{nobody.sum()} images have no patient, each is taken alone: {few(frame['path'][nobody])}")
     frame["content"] = _contents([root / path for path in frame["path"]])
+    if away := _lead_out(root, frame["path"]):
+        notices.append(f"{len(away)} images are links to outside {root}: {few(away)}")
     _check_labels(frame, source)
     copies = frame[frame.duplicated(["content", "split"], keep=False)]
     if len(copies):
@@ -201,6 +215,7 @@ def read_unlabelled(folder: str | Path) -> Images:
     if not paths:
         raise BadInput(f"--unlabelled {root}: no images in it")
     frame = _frame(path=[p.relative_to(root).as_posix() for p in paths], label=UNLABELLED, split="train")
+    _check_names(frame, root)
     frame["content"] = _contents(paths)
     return Images(frame[list(COLUMNS)], root, ())
 
@@ -278,10 +293,17 @@ def _from_folder(folder: Path) -> pd.DataFrame:
 
 
 def _from_manifest(file: Path, needed: Sequence[str] = ("path", "label")) -> pd.DataFrame:
+    _check_size(file)
     try:
         # Without a header, so that a row of more fields than the first is an error and not an index.
         frame = pd.read_csv(
-            file, header=None, dtype=str, keep_default_na=False, skipinitialspace=True, encoding="utf-8-sig"
+            file,
+            header=None,
+            dtype=str,
+            keep_default_na=False,
+            skipinitialspace=True,
+            encoding="utf-8-sig",
+            compression=None,
         ).fillna("")
     except UnicodeDecodeError as error:
         raise BadInput(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
@@ -312,6 +334,50 @@ def _from_manifest(file: Path, needed: Sequence[str] = ("path", "label")) -> pd.
     if "mpp" in frame and (odd := [v for v in frame["mpp"] if v and not _is_mpp(v)]):
         raise BadInput(f"{file}: mpp {few(odd)}: microns per pixel, a number above 0")
     return _frame(**{c: list(frame[c]) for c in COLUMNS if c in frame and c not in ("content", "mask_content")})
+
+
+def _check_size(file: Path) -> None:
+    """Refuse what would take more memory to read than any manifest does."""
+    if (size := file.stat().st_size) > _MOST_BYTES:
+        raise BadInput(f"{file}: {size:,} bytes; a manifest has {_MOST_BYTES:,} at most")
+    with file.open("rb") as raw:
+        lines = raw.read(_MOST_HEADER).decode("utf-8-sig", "replace").splitlines(keepends=True)
+    try:
+        rows = csv.reader(lines)
+        columns = len(next(rows, []))
+    except csv.Error as error:
+        raise BadInput(f"{file}: not a CSV manifest ({error})") from None
+    if columns > _MOST_COLUMNS or (size > _MOST_HEADER and rows.line_num == len(lines)):
+        raise BadInput(f"{file}: not a CSV manifest (its first row has more than {_MOST_COLUMNS:,} columns or no end)")
+
+
+def _check_names(frame: pd.DataFrame, source: Path) -> None:
+    """Refuse what a terminal, a page or a table would take for something other than a name."""
+    for column in ("path", "label", "patient", "site", "slide"):
+        if (odd := frame[column].str.contains(_CONTROL)).any():
+            raise BadInput(f"{source}: {column} {few(frame[column][odd].map(ascii), 3)}: control characters in it")
+    if (long := frame["label"].str.len() > _MOST_LABEL).any():
+        raise BadInput(
+            f"{source}: a label of {frame['label'][long].str.len().max():,} characters; {_MOST_LABEL} at most"
+        )
+
+
+def _lead_out(root: Path, paths: Iterable[str]) -> list[str]:
+    """The paths that are links, or lie in folders that are, to outside ``root``."""
+    home = root.resolve()
+    folders: dict[Path, bool] = {}
+    found = []
+    for path in paths:
+        whole = root / path
+        if whole.is_symlink():
+            away = not whole.resolve().is_relative_to(home)
+        else:
+            if whole.parent not in folders:
+                folders[whole.parent] = not whole.parent.resolve().is_relative_to(home)
+            away = folders[whole.parent]
+        if away:
+            found.append(path)
+    return found
 
 
 def _is_mpp(text: str) -> bool:

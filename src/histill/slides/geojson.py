@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,8 +43,10 @@ LARGE = 20_000
 """More features than this are gzipped, which QuPath reads as well."""
 
 _DECIMALS = 2
-_MOST_BYTES = 2 << 30
-_MOST_MENDED = 200_000  # crossings grow with the square of the points
+_MOST_BYTES = 256 << 20  # unpacked; the objects that JSON becomes take up to twenty times as much
+_MOST_MENDED = 200_000  # points
+_MOST_CROSSINGS = 100_000  # of a file's outlines with themselves; they can grow with the square of the points
+_MOST_TEXT = 1000  # characters of a class or a name
 _SPACE = uuid.UUID("8a3d1c0e-9c0b-5d83-b1f5-6a2f5b6f0c11")
 
 
@@ -222,7 +225,7 @@ def read_geojson(path: str | Path) -> list[Feature]:
     """
     shapely = require("shapely", "slides")
     path = Path(path)
-    features, mended, empty = [], 0, 0
+    features, mended, empty, crossings = [], 0, 0, 0
     for number, entry in enumerate(_entries(_load(path), path), 1):
         where = f"{path}: feature {number}"
         if not isinstance(entry, dict):
@@ -233,6 +236,9 @@ def read_geojson(path: str | Path) -> list[Feature]:
         if not shape.is_valid:
             if (points := len(shapely.get_coordinates(shape))) > _MOST_MENDED:
                 raise BadInput(f"{where} crosses itself and has {points:,} points; simplify it where it was drawn")
+            crossings += _crossings(shape)
+            if crossings > _MOST_CROSSINGS:
+                raise BadInput(f"{where} crosses itself too often to be mended; draw it again")
             mended += 1
             parts = _polygons(shapely.make_valid(shape, method="structure", keep_collapsed=False))
         parts = [part for part in parts if part.area > 0]
@@ -250,21 +256,34 @@ def read_geojson(path: str | Path) -> list[Feature]:
     return features
 
 
+def _crossings(shape: Any) -> int:
+    """About how many pairs of its edges lie across each other: those whose boxes meet, neighbours apart."""
+    shapely = require("shapely", "slides")
+    rings = [ring for part in _polygons(shape) for ring in (part.exterior, *part.interiors)]
+    points = [shapely.get_coordinates(ring) for ring in rings]
+    edges = shapely.linestrings(np.concatenate([np.stack([p[:-1], p[1:]], 1) for p in points]))
+    step = -(-len(edges) // 2000)  # of a long outline some edges stand for all
+    met = len(shapely.STRtree(edges).query(edges[::step])[0])
+    return max(0, met * step - 3 * len(edges)) // 2
+
+
 def _load(path: Path) -> Any:
     try:
         with path.open("rb") as raw:
             zipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
+            data = bytearray()
             with gzip.GzipFile(fileobj=raw) if zipped else raw as file:
-                data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise BadInput(f"{path} holds more than {_MOST_BYTES >> 30} GB; split it")
+                while block := file.read(1 << 20):  # in pieces, or Python sets aside as much as is asked for
+                    data += block
+                    if len(data) > _MOST_BYTES:
+                        raise BadInput(f"{path} holds more than {_MOST_BYTES >> 20} MB; split it")
         return json.loads(data)
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist") from None
     except BadInput:
         raise
-    except (OSError, EOFError, ValueError, RecursionError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         raise BadInput(f"{path} is not valid GeoJSON ({error})") from None
@@ -311,13 +330,19 @@ def _read(geometry: Any, where: str) -> list[Any]:
 
 def _ring(ring: Any, where: str) -> np.ndarray[Any, Any] | None:
     """``(N, 2)`` closed; None where it has no three points."""
-    try:
-        points = np.asarray(ring if ring != [] else np.empty((0, 2)))
-    except ValueError:
-        points = np.empty(0, object)
-    if points.dtype.kind not in "iuf" or points.ndim != 2 or points.shape[1] < 2:
+    sound = isinstance(ring, list) and all(
+        isinstance(point, list)
+        and len(point) >= 2
+        and type(point[0]) in (int, float)
+        and type(point[1]) in (int, float)
+        for point in ring
+    )
+    if not sound:  # seen before NumPy does, which sets aside for each number as much as the longest text needs
         raise BadInput(f"{where}: a ring is a list of [x, y] numbers")
-    points = points[:, :2].astype(np.float64)
+    try:
+        points = np.array([point[:2] for point in ring], np.float64).reshape(-1, 2)
+    except OverflowError:
+        points = np.full((1, 2), np.inf)
     if not np.isfinite(points).all() or (len(points) and np.abs(points).max() > 1e9):
         raise BadInput(f"{where}: a coordinate is not a number of pixels (NaN or infinite)")
     if len(points) and (points[0] != points[-1]).any():
@@ -330,5 +355,5 @@ def _named(properties: Mapping[str, Any]) -> tuple[str, str]:
     classification = properties.get("classification")
     label = classification.get("name") if isinstance(classification, dict) else classification
     names = properties.get("name"), label
-    name, label = (each if isinstance(each, str) else "" for each in names)
+    name, label = (each[:_MOST_TEXT] if isinstance(each, str) else "" for each in names)
     return label, name

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from histill.data.decode import FORMATS
 from histill.errors import BadInput, require
 from histill.slides.slide import Slide
 
@@ -17,7 +18,7 @@ __all__ = ["GEOJSON", "MAX_MASK_PX", "is_geojson", "paint", "read_mask"]
 
 GEOJSON = (".geojson", ".json", ".geojson.gz", ".json.gz")
 MAX_MASK_PX = 1 << 30
-"""Of a mask image; a byte each."""
+"""Of a mask image of a byte each; one in colour, or of wider numbers, may have a quarter of them."""
 
 _BAND_PX = 1 << 20  # looked at in one go
 _ASPECT = 0.02  # by how much a mask's shape may differ from its slide's
@@ -60,10 +61,16 @@ def read_mask(path: Path, slide: Slide) -> NDArray[np.uint8]:
     limit = Image.MAX_IMAGE_PIXELS
     try:
         Image.MAX_IMAGE_PIXELS = MAX_MASK_PX // 2  # Pillow refuses what has twice as many
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height * (1 if picture.mode in ("1", "L", "P") else 4) > MAX_MASK_PX:
+                raise BadInput(f"{path}: {width:,} x {height:,} pixels ({picture.mode}) are too large for a mask")
+            _check_shape(path, width, height, slide)  # before anything is decoded
             picture.load()
     except FileNotFoundError:
         raise BadInput(f"{path}: no such mask") from None
+    except BadInput:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: not a readable mask ({error})") from None
     finally:
@@ -73,9 +80,11 @@ def read_mask(path: Path, slide: Slide) -> NDArray[np.uint8]:
         values = np.asarray(values[..., :3].any(-1))
     if values.dtype.kind not in "bui" or (values.dtype.itemsize > 1 and not 0 <= values.min() <= values.max() <= 255):
         raise BadInput(f"{path}: a mask's values are classes from 0 to 255")
-    height, width = values.shape
+    return np.asarray(values, np.uint8)
+
+
+def _check_shape(path: Path, width: int, height: int, slide: Slide) -> None:
     if abs(width / height * slide.dimensions[1] / slide.dimensions[0] - 1) > max(_ASPECT, 2 / min(width, height)):
         raise BadInput(
             f"{path}: {width} x {height} pixels do not cover a slide of {slide.dimensions[0]} x {slide.dimensions[1]}"
         )
-    return np.asarray(values, np.uint8)

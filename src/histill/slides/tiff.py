@@ -1,7 +1,8 @@
 """The directories of a TIFF file, read once and believed only as far as the file's own size allows (TIFF 6.0, BigTIFF).
 
 A slide's file may come from anywhere. Whatever a number in it says, nothing larger than the file is read, no
-directory is read twice, and no more than `MAX_DIRECTORIES`.
+directory is read twice, no more than `MAX_DIRECTORIES`, and no more of them together than `MAX_VALUES` bytes:
+directories may share what they point to, so that a small file could fill any memory.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ __all__ = ["JPEG", "MAX_DIRECTORIES", "MAX_SIDE_PX", "BadTiff", "Directory", "No
 MAX_DIRECTORIES = 4096
 MAX_SIDE_PX = 4_000_000  # of a level; the largest slides are a tenth of it
 MAX_TILE_PX = 1 << 26  # in a tile
+MAX_LEVEL_PX = 1 << 38  # in a level, a square of half a million; the largest slides are a tenth of it
 MAX_TAGS = 1024  # in a directory
+MAX_ALL_TAGS = 1 << 18  # in all of a file's
 MAX_TEXT = 64 << 20  # bytes of a description; the OME-XML of a long series is a few megabytes
+MAX_VALUES = 256 << 20  # bytes of all values of a file; a slide of 10^11 pixels has 30 MB of places and lengths
 JPEG = 7  # Compression
 NDPI = 65420  # a tag of Hamamatsu's files, whose places exceed what 32 bits hold, so that they cannot be followed here
 
@@ -29,7 +33,9 @@ NDPI = 65420  # a tag of Hamamatsu's files, whose places exceed what 32 bits hol
 _TYPES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 5: "u4", 6: "i1", 7: "u1", 8: "i2", 9: "i4", 10: "i4", 11: "f4"}
 _TYPES |= {12: "f8", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
 _INTEGERS = frozenset({1, 3, 4, 13, 16, 18})
+_PLACES = frozenset({3, 4, 13, 16, 18})
 _KINDS = {"description": {1, 2, 7}, "tables": {1, 7}, "x_resolution": {5}, "y_resolution": {5}}
+_KINDS |= {"offsets": _PLACES, "lengths": _PLACES}
 _WANTED = {
     254: "subfile",
     256: "width",
@@ -140,6 +146,7 @@ class _Reader:
         if order is None or len(head) < 8:
             raise NotTiff("not a TIFF file")
         self.order, self.ndpi = order, False
+        self.tags = self.bytes = 0  # of all directories so far
         version = struct.unpack(f"{order}H", head[2:4])[0]
         if version == 42:
             self.big, self.first = False, struct.unpack(f"{order}I", head[4:8])[0]
@@ -175,8 +182,9 @@ class _Reader:
         """The directory at ``place`` and where the next one begins (0: nowhere)."""
         head, size, code = (8, 20, "Q") if self.big else (2, 12, "H")
         count = self.number(code, place)
-        if count > MAX_TAGS:
-            raise BadTiff(f"a directory with {count:,} tags")
+        self.tags += count
+        if count > MAX_TAGS or self.tags > MAX_ALL_TAGS:
+            raise BadTiff(f"{'a directory' if count > MAX_TAGS else 'directories'} with {max(count, self.tags):,} tags")
         body = self.get(place + head, count * size)
         tags: dict[str, Any] = {}
         self.ndpi |= NDPI in (struct.unpack(f"{self.order}H", body[n : n + 2])[0] for n in range(0, len(body), size))
@@ -207,6 +215,9 @@ class _Reader:
         code, inline = ("Q", 8) if self.big else ("I", 4)
         dtype = np.dtype(_TYPES[kind]).newbyteorder(self.order)
         length = self.length(kind, entry)
+        self.bytes += max(length, length * 8 // dtype.itemsize)  # places are kept as 64 bits each
+        if self.bytes > MAX_VALUES:
+            raise BadTiff(f"tags of more than {MAX_VALUES:,} bytes")
         if length <= inline:
             data = entry[inline : inline + length]
         else:
@@ -220,7 +231,7 @@ def _directory(tags: dict[str, Any]) -> Directory:
 
     width, height = first("width", 0), first("height", 0)
     tile_width, tile_height = first("tile_width", 0), first("tile_height", 0)
-    if not (0 < width <= MAX_SIDE_PX and 0 < height <= MAX_SIDE_PX):
+    if not (0 < width <= MAX_SIDE_PX and 0 < height <= MAX_SIDE_PX and width * height <= MAX_LEVEL_PX):
         raise BadTiff(f"an image of {width:,} x {height:,} pixels")
     offsets = lengths = np.zeros(0, np.uint64)
     planar, samples = first("planar", 1), first("samples", 1)

@@ -1,8 +1,10 @@
-"""Tiles of a TIFF in any compression that tifffile decodes: OME-TIFF, and what OpenSlide does not take."""
+"""Tiles of a TIFF in the compressions of slides, decoded by tifffile: OME-TIFF, and what OpenSlide does not take."""
 
 from __future__ import annotations
 
 import os
+import re
+import struct
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +14,16 @@ import numpy as np
 
 from histill.errors import BadInput, require
 from histill.slides.jpeg_tiles import MAX_TILE_BYTES
-from histill.slides.tiff import Directory
+from histill.slides.tiff import JPEG, Directory
 from histill.slides.tiles import Pixels, TileCache, mosaic
 
 __all__ = ["TiffTiles"]
+
+_JPEG_2000 = frozenset({33003, 33004, 33005, 34712})
+# None, LZW, JPEG, deflate, PackBits, LZMA, Zstandard, WebP. tifffile knows more, which nobody uses for slides: each is
+# one more decoder to be attacked, and some set aside whatever a tile claims.
+_COMPRESSIONS = _JPEG_2000 | {1, 5, JPEG, 8, 32773, 32946, 34925, 50000, 50001}
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a JPEG's size
 
 
 class TiffTiles:
@@ -32,6 +40,8 @@ class TiffTiles:
                     f"{path}: {level.samples} channels of {level.bits[0]} bits; "
                     "slides of 8-bit grey or RGB are read, so convert it to RGB first"
                 )
+            if level.compression not in _COMPRESSIONS:
+                raise BadInput(f"{path}: TIFF compression {level.compression} is not read; convert it")
         tifffile = require("tifffile", "slides")
         self.path, self.levels = path, levels
         self.sizes = [(level.width, level.height) for level in levels]
@@ -83,7 +93,10 @@ class TiffTiles:
         try:
             if length > MAX_TILE_BYTES:
                 raise ValueError(f"{length:,} bytes")
-            data, _, _ = self._decoders[level](os.pread(self.fd, length, offset), index)
+            packed = os.pread(self.fd, length, offset)
+            if not _fits(packed, tiles):
+                raise ValueError("it claims another size")
+            data, _, _ = self._decoders[level](packed, index)
             channels = 1 if tiles.planar == 2 else tiles.samples
             found = np.asarray(data).reshape(-1, data.shape[-2], channels)
             out = np.full((tiles.tile_height, tiles.tile_width, channels), 255, np.uint8)
@@ -91,6 +104,30 @@ class TiffTiles:
         except Exception as error:  # noqa: BLE001 - a codec's errors have no common name
             raise BadInput(f"{self.path}: tile {index} of level {level} cannot be decoded ({error})") from None
         return out
+
+
+def _fits(packed: bytes, tiles: Directory) -> bool:
+    """Whether an encoded tile claims no more pixels than a tile has; its decoder would set them aside first."""
+    if tiles.compression == JPEG:
+        claims = [_jpeg_size(packed)]
+    elif tiles.compression in _JPEG_2000:
+        heads = [m.end() for m in re.finditer(b"\xff\x4f\xff\x51", packed)]  # SIZ: two lengths, then the canvas
+        claims = [struct.unpack(">II", packed[at + 4 : at + 12]) if len(packed) >= at + 12 else None for at in heads]
+    else:
+        return True
+    most = max(tiles.tile_width, tiles.tile_height)
+    return bool(claims) and all(claim is not None and 0 < min(claim) <= max(claim) <= most for claim in claims)
+
+
+def _jpeg_size(packed: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG stream, None where it does not come to them."""
+    at = 2
+    while at + 9 <= len(packed) and packed[at] == 0xFF:
+        marker, length = packed[at + 1], int.from_bytes(packed[at + 2 : at + 4], "big")
+        if marker in _FRAMES:
+            return int.from_bytes(packed[at + 5 : at + 7], "big"), int.from_bytes(packed[at + 7 : at + 9], "big")
+        at += 1 if marker == 0xFF else 2 if marker == 0xD8 else 2 + length
+    return None
 
 
 def _decoder(tifffile: Any, file: Any, level: Directory) -> Any:

@@ -17,6 +17,9 @@ from histill.slides.tiles import Source
 
 __all__ = ["Way", "way_to"]
 
+# What these take grows with the text and not with its square, whatever the text.
+_PIXELS = re.compile(r"<(?:\w{1,40}:)?Pixels\b[^<>]{0,4000}>")
+_ATTRIBUTE = re.compile(r'\b(\w{1,40})="([^"]*)"')
 _MICRONS = {"": 1.0, "µm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 
@@ -105,10 +108,10 @@ def _ome(path: Path, found: list[tiff.Directory]) -> Way:
     below += [d for d in found[1:] if (d.subfile or 0) & 1]
     levels = [first, *(d for d in sorted(below, key=lambda d: -d.width) if d.tile_width and d.width < first.width)]
     properties = _resolution(first)
-    if pixels := re.search(r"<(?:\w+:)?Pixels\b[^>]*>", first.description[: tiff.MAX_TEXT]):
-        stated = dict(re.findall(r'(\w+)="([^"]*)"', pixels.group()))
+    if pixels := _PIXELS.search(first.description[: tiff.MAX_TEXT]):
+        stated = dict(_ATTRIBUTE.findall(pixels.group()))
         channels = stated.get("SizeC", "1")
-        if channels.isdecimal() and int(channels) > first.samples:
+        if re.fullmatch("[0-9]{1,9}", channels) and int(channels) > first.samples:
             raise BadInput(f"{path}: its {channels} channels are separate images (fluorescence?); convert it to RGB")
         for axis in "XY":
             unit = _MICRONS.get(stated.get(f"PhysicalSize{axis}Unit", ""))
