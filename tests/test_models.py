@@ -116,10 +116,20 @@ CASES = {
     "stardist": Case(
         "StarDist", {"rays": 8}, 32, {"prob": (1, 16, 16), "dist": (8, 16, 16), "features": (128, 16, 16)}
     ),
+    "stridenet": Case(
+        "StrideNet",
+        {},
+        64,
+        {"stage1": (16, 16, 16), "stage2": (32, 8, 8), "stage3": (64, 4, 4), "stage4": (96, 2, 2), "pooled": (96,)},
+    ),
     "unet-csat": Case("UNet", {"backbone": "CSAT"}, 64, {"logits": (3, 64, 64), "stage1": (32, 16, 16)}),
     "unet-timm": Case("UNet", {"backbone": "resnet18", "zero_init_last": False}, 64, {"logits": (3, 64, 64)}),
 }
-EXPORTED = ("dsnet", *(pytest.param(case, marks=pytest.mark.slow) for case in ("timm-convnext", "csat", "multi-exit")))
+EXPORTED = (
+    "dsnet",
+    "stridenet",
+    *(pytest.param(case, marks=pytest.mark.slow) for case in ("timm-convnext", "csat", "multi-exit")),
+)
 
 
 @functools.cache

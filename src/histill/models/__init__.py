@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from histill.models.stardist import StarDist
     from histill.models.stardist_instances import predict_instances
     from histill.models.stardist_weights import load_keras
+    from histill.models.stridenet import StrideNet
     from histill.models.unet import UNet, UNetDecoder
     from histill.models.weights import load_weights
 
@@ -38,6 +39,7 @@ __all__ = [
     "ResNet18",
     "ResNet18SAT",
     "StarDist",
+    "StrideNet",
     "Timm",
     "UNet",
     "UNetDecoder",
@@ -63,6 +65,7 @@ _HOMES = {
     "ResNet18": "multi_exit",
     "ResNet18SAT": "csat",
     "StarDist": "stardist",
+    "StrideNet": "stridenet",
     "Timm": "adapter",
     "UNet": "unet",
     "UNetDecoder": "unet",

@@ -13,9 +13,16 @@ from torch.func import functional_call
 from histill.errors import BadInput
 from histill.models.adapter import Timm
 from histill.models.csat import CSAT, ResNet18SAT
+from histill.models.stridenet import StrideNet
 from histill.types import Outputs
 
 __all__ = ["UNet", "UNetDecoder"]
+
+_OURS: dict[str, type[CSAT | ResNet18SAT | StrideNet]] = {
+    "csat": CSAT,
+    "resnet18sat": ResNet18SAT,
+    "stridenet": StrideNet,
+}
 
 
 class UNetDecoder(nn.Module):
@@ -54,7 +61,7 @@ class UNet(nn.Module):
 
     Args:
         classes: Number of classes.
-        backbone: ``"CSAT"``, ``"ResNet18SAT"``, or the timm name of a network with a pyramid of features.
+        backbone: ``"CSAT"``, ``"ResNet18SAT"``, ``"StrideNet"``, or the timm name of a network with a pyramid of features.
         weights: The backbone's; see there.
         arguments: Passed to the backbone.
 
@@ -68,9 +75,9 @@ class UNet(nn.Module):
 
     def __init__(self, classes: int = 2, backbone: str = "CSAT", weights: str | None = None, **arguments: Any) -> None:
         super().__init__()
-        self.backbone: CSAT | ResNet18SAT | Timm
-        if backbone.lower() in ("csat", "resnet18sat"):
-            self.backbone = (CSAT if backbone.lower() == "csat" else ResNet18SAT)(1, weights=weights, **arguments)
+        self.backbone: CSAT | ResNet18SAT | StrideNet | Timm
+        if ours := _OURS.get(backbone.lower()):
+            self.backbone = ours(1, weights=weights, **arguments)
             widths = self.backbone.widths
         else:
             self.backbone = Timm(backbone, 0, weights, **arguments)

@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from histill.errors import BadInput, Failed
-from histill.models import CSAT, ResNet18SAT, Timm
+from histill.models import CSAT, ResNet18SAT, StrideNet, Timm
 from histill.models.adapter import create
 from histill.progress import notice
 
@@ -37,11 +37,16 @@ def start(make: partial[nn.Module], weights: str) -> partial[nn.Module]:
 
 
 def backbone(network: str, image_size: int, classes: int) -> partial[nn.Module]:
-    """The network by its name: CSAT, CSAT-plain (without SAT), ResNet18SAT (in any case), or a timm name.
+    """The network by its name: CSAT, CSAT-plain (without SAT), ResNet18SAT, StrideNet (in any case), or a timm name.
 
     Without classes it ends in its pooled features.
     """
-    ours: dict[str, Callable[..., nn.Module]] = {"csat": CSAT, "csat-plain": CSAT, "resnet18sat": ResNet18SAT}
+    ours: dict[str, Callable[..., nn.Module]] = {
+        "csat": CSAT,
+        "csat-plain": CSAT,
+        "resnet18sat": ResNet18SAT,
+        "stridenet": StrideNet,
+    }
     if (known := network.lower()) in ours:
         plain = {"sat": False} if known == "csat-plain" else {}
         return partial(ours[known], classes=classes or 1, **plain)  # a head of one class is never asked

@@ -22,7 +22,7 @@ from histill.data.views import NONE, Augment
 from histill.errors import BadInput
 from histill.experiment import Experiment, recipe
 from histill.losses import cross_entropy, soft_cross_entropy
-from histill.models import DSNet, KerasHead, Timm
+from histill.models import DSNet, KerasHead, StrideNet, Timm
 from histill.recipes._start import start
 from histill.run import Run
 from histill.schedules import Schedule, constant, warm_cosine
@@ -162,8 +162,9 @@ def student(
     Args:
         data: the images and their splits.
         teacher: the teacher's run; without it the student learns alone.
-        network: dsnet, one of the paper's other students (see the teacher's network), or any timm name.
-        weights: as for the teacher; dsnet has none.
+        network: dsnet, stridenet (ours: fewer parameters, many times faster), one of the paper's other students (see
+            the teacher's network), or any timm name.
+        weights: as for the teacher; dsnet and stridenet have no ImageNet weights.
         unlabelled: a folder of further images, which join with the teacher's word only.
         image_size: height and width in pixels.
         epochs: passes over the training images.
@@ -225,6 +226,9 @@ def _network(name: str, data: Images, image_size: int, weights: str) -> partial[
             raise BadInput(f"--weights {weights}: there are no weights for dsnet to start from; leave it out")
         dsnet: Callable[..., nn.Module] = DSNet
         return partial(dsnet, classes=classes, image_size=image_size)
+    if name.lower() == "stridenet":
+        ours: Callable[..., nn.Module] = StrideNet
+        return start(partial(ours, classes=classes), "none" if weights == "auto" else weights)
     make: Callable[..., nn.Module] = KerasHead if name in KERAS else Timm
     return start(partial(make, name=name, classes=classes), weights)
 
