@@ -16,7 +16,7 @@ class HistillError(Exception):
     status = 1
 
     def __str__(self) -> str:
-        return printable(super().__str__()).replace("\n", " ")
+        return printable(super().__str__()).replace("\n", " ").replace("\t", " ")
 
 
 class BadInput(HistillError, ValueError):
@@ -29,8 +29,7 @@ class Failed(HistillError, RuntimeError):
     """The work failed although its input was in order (exit status 1)."""
 
 
-_CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-_ONNX_RUNTIME = ("Failed to allocate memory", "bad_alloc")
+_ALLOCATORS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "std::bad_alloc")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -40,8 +39,9 @@ def out_of_memory(error: BaseException) -> bool:
     kind, text = type(error), str(error)
     if kind.__name__ == "OutOfMemoryError" and kind.__module__.startswith("torch"):  # torch is not imported for this
         return True
-    allocator = isinstance(error, RuntimeError) and any(sign in text for sign in _CPU_ALLOCATOR)
-    return allocator or (kind.__module__.startswith("onnxruntime") and any(sign in text for sign in _ONNX_RUNTIME))
+    if kind.__module__.startswith("onnxruntime"):  # whose errors share no base class
+        return "Failed to allocate memory" in text or "bad_alloc" in text
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _ALLOCATORS)
 
 
 def printable(text: str) -> str:
