@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 import histill as hs
 from histill.data import Images
 from histill.experiment import Experiment
+from histill.machine import _processes
 from histill.types import Batch, Outputs, Terms
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no distributed part")
@@ -104,6 +107,110 @@ def test_they_stop_together(root: Path) -> None:
 def test_one_of_them_speaks(root: Path) -> None:
     # Five runs, each with a notice; the sixth is finished already.
     assert (root / "stderr").read_text().count("1 images of another mode were converted to RGB") == 5
+
+
+RECIPE = """
+import histill.evaluate.finish
+from tiny import Counting, both, experiment, no_page
+from histill.experiment import recipe
+
+histill.evaluate.finish.finish = no_page
+
+@recipe
+def student(data, *, seed: int = 0):
+    return experiment(data, objective=both, teacher=Counting(), batch_size=7, epochs=3, accumulate=2, seed=seed)
+"""
+
+
+def end_of(out: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(out / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """``histill train`` of 24 images in batches of 7 and parts of 4 and 3, and what one process makes of it."""
+    root = tmp_path_factory.mktemp("command")
+    table(root / "data")
+    (root / "mine.py").write_text(RECIPE)
+    arguments = ["train", f"{root / 'mine.py'}:student", "--data", str(root / "data"), "--precision", "32-true"]
+    launch = [sys.executable, "-m", "histill", *arguments, "--out", str(root / "alone")]
+    done = subprocess.run(launch, env=surroundings(root), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return arguments, root
+
+
+def surroundings(root: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK"))}
+    own = {"OMP_NUM_THREADS": "1", "HISTILL_CACHE": str(root / "cache"), "PYTHONPATH": str(Path(__file__).parent)}
+    return kept | own
+
+
+def check_same_end(root: Path, name: str) -> None:
+    alone, two = end_of(root / "alone"), end_of(root / name)
+    for key, value in alone.items():
+        assert torch.allclose(value, two[key], atol=1e-6), key
+    info = [json.loads((root / folder / "run.json").read_text()) for folder in ("alone", name)]
+    assert [i["processes"] for i in info] == [1, 2]
+    assert {i["status"] for i in info} == {"finished"}
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(command: tuple[list[str], Path]) -> None:
+    arguments, root = command
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [*torchrun, "-m", "histill", *arguments, "--out", str(root / "two")]
+    done = subprocess.run(launch, env=surroundings(root), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_same_end(root, "two")
+    assert done.stderr.count("report.html") == 1, "one of them speaks"
+
+
+def slurm(rank: int, port: int) -> dict[str, str]:
+    """The variables of task ``rank`` of ``srun --ntasks 2`` on one machine, in a job of four tasks a node."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_NTASKS": "2"}
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "interactive", "SLURM_NNODES": "1"}
+    place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1"}
+    return step | job | place | {"MASTER_PORT": str(port)}
+
+
+@pytest.mark.slow
+def test_the_command_under_srun(command: tuple[list[str], Path]) -> None:
+    """Not Slurm itself, but two processes with the variables that it sets."""
+    arguments, root = command
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "histill", *arguments, "--out", str(root / "slurm")]
+    tasks = [
+        subprocess.Popen(launch, env=surroundings(root) | slurm(rank, port), stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    said = [task.communicate(timeout=120)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    check_same_end(root, "slurm")
+    assert [text.count("report.html") for text in said] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, (1, 1, "LightningEnvironment")),
+        # A batch script is one process, however many tasks the job has.
+        ({"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "0"}, (1, 1, "LightningEnvironment")),
+        ({**slurm(1, 1), "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, (8, 4, "SLURMEnvironment")),
+        ({**slurm(1, 1), "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}, (6, 3, "TorchElasticEnvironment")),
+    ],
+)
+def test_who_started_the_processes(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], found: tuple[int, int, str]
+) -> None:
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name.endswith("WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    world, local, environment = _processes()
+    assert (world, local, type(environment).__name__) == found
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def joined(address: str) -> Iterator[Any]:
         return
     passed = {name: os.environ[name] for name in ("HISTILL_CACHE", "HF_HOME", "TORCH_HOME") if name in os.environ}
     options = {
-        "runtime_env": {"env_vars": passed | {"HISTILL_QUIET": "1"}},
+        "runtime_env": {"env_vars": passed | {"HISTILL_QUIET": "1", "RANK": "0"}},  # a worker is no part of a training
         "log_to_driver": False,
         "logging_level": "error",
     }
@@ -138,7 +138,8 @@ def spread(
             raise BadInput(f"--threads {cores}: no machine of the cluster has more than {most} cores")
         remote = its.remote(num_cpus=cores, num_gpus=int(gpus > 0), max_retries=0)(_work)
         made = its.put((version("histill"), cores, make))
-        waiting, running, deaths = deque(range(len(items))), {}, Counter[int]()
+        waiting, deaths = deque(range(len(items))), Counter[int]()
+        running: dict[Any, int] = {}
         with progress(what, len(items), unit) as bar:
             while waiting or running:
                 there = its.cluster_resources()  # machines come and go

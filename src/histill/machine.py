@@ -11,6 +11,12 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.loggers import Logger
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning_fabric.strategies import DDPStrategy
 
 from histill.errors import BadInput, require
@@ -28,8 +34,7 @@ def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fa
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the precision is in run.json
     if precision == "auto":
         precision = "bf16-mixed" if computes_bf16(found.type) else "32-true"
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    world, local, environment = _processes()
     try:
         fabric = Fabric(
             accelerator=found.type,
@@ -38,12 +43,24 @@ def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fa
             # An objective may leave weights of the student unused, and DDP must be told to look for them.
             strategy=DDPStrategy(find_unused_parameters=True) if world > 1 else "auto",
             precision=precision,
+            plugins=[environment],
             loggers=[_logger(name, out) for name in loggers],
         )
     except ValueError as error:
         raise BadInput(f"--device {device} --precision {precision}: {str(error).splitlines()[0]}") from None
     fabric.launch()
     return fabric
+
+
+def _processes() -> tuple[int, int, ClusterEnvironment]:
+    """How many processes there are, how many of them on this machine, and who started them.
+
+    ``sbatch`` sets variables of Slurm too, for a script that is one process; those of a step are of ``srun``.
+    """
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]), TorchElasticEnvironment()
+    tasks, nodes = (int(os.environ.get(f"SLURM_STEP_NUM_{what}", "1")) for what in ("TASKS", "NODES"))
+    return (tasks, tasks // nodes, SLURMEnvironment()) if tasks > 1 else (1, 1, LightningEnvironment())
 
 
 def find_device(name: str) -> torch.device:

@@ -28,7 +28,7 @@ _EVERY_S = 20.0
 
 
 def say(line: str) -> None:
-    """A line for people, on stderr; of several processes that ``torchrun`` started the first speaks."""
+    """A line for people, on stderr; of several processes that ``torchrun`` or ``srun`` started the first speaks."""
     if _first_process():
         print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
 
@@ -39,7 +39,8 @@ def notice(line: str) -> None:
 
 
 def _first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    own = "SLURM_PROCID" if "SLURM_STEP_NUM_TASKS" in os.environ else ""
+    return os.environ.get("RANK", os.environ.get(own, "0")) == "0"
 
 
 class _Rate(ProgressColumn):
