@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +25,7 @@ __all__ = [
     "claim",
     "digest",
     "file_digest",
+    "full_disk",
     "locked",
     "read_json",
     "sweep",
@@ -32,17 +35,19 @@ __all__ = [
 ]
 
 
+_STALE_S = 60.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def atomic(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def atomic(path: Path, *, durable: bool = False, tidy: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
 
-    A kill leaves the old file or the new one. With ``durable`` so does a loss of power: the bytes are on the disk
-    before the name is.
+    A kill leaves the old file or the new one, and the temporary one, which `sweep` removes where a folder has one
+    writer. With ``durable`` so does a loss of power: the bytes are on the disk before the name is. With ``tidy``
+    temporary files of this ``path`` that have not been written to for a minute are removed.
 
     Raises:
         Failed: the disk is full.
@@ -52,6 +57,10 @@ def atomic(path: Path, *, durable: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if tidy:
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+                if time.time() - left.stat().st_mtime > _STALE_S:
+                    left.unlink(missing_ok=True)
         yield temporary
         if durable:
             _to_disk(temporary)
@@ -98,6 +107,15 @@ def _cannot_write(path: Path, error: OSError) -> HistillError | None:
         remedy = "set HISTILL_CACHE to another folder" if cached else "give another --out"
         return BadInput(f"cannot write {path}: {why}; {remedy}")
     return None
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """For what is written to ``path`` in other ways than `atomic`: a full disk is the same line."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_write(path, error) or error from None
 
 
 def check_room(folder: Path, size: int, what: str) -> None:

@@ -25,7 +25,7 @@ from histill.data.images import (
     of_each,
 )
 from histill.errors import BadInput
-from histill.files import atomic, cache_dir, digest, file_digest, locked
+from histill.files import atomic, cache_dir, check_room, claim, digest, file_digest, locked, sweep
 
 __all__ = ["UNKNOWN", "decode_mask", "has_masks", "pack_masks", "read_masks", "summary_of"]
 
@@ -191,9 +191,12 @@ def pack_masks(images: Images, size: int, folder: Path | None = None) -> NDArray
     if not file.exists():
         with locked(home, wait=True):
             if not file.exists():
+                sweep(home)
+                check_room(home, 2 * len(images) * size * size, f"packing {len(images)} masks")
                 shape = (len(images), size, size)
                 with atomic(file) as temporary:
                     array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint16, shape=shape)
+                    claim(temporary)
                     paths = [images.root / mask for mask in images.frame["mask"]]
                     for row, mask in enumerate(of_each(paths, partial(decode_mask, images=images), "packing masks")):
                         array[row] = _nearest(mask, size) if images.masks == "instances" else _commonest(mask, size)

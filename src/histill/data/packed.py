@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,7 +19,7 @@ from histill.data.images import Images, check_leaks, few, of_each
 from histill.data.masks import UNKNOWN, pack_masks
 from histill.data.views import NONE, Augment, follow, render, twin_of
 from histill.errors import BadInput, Failed
-from histill.files import cache_dir, digest, locked, read_json, write_json
+from histill.files import cache_dir, check_room, digest, full_disk, locked, read_json, write_json
 from histill.types import Batch
 
 __all__ = ["Packed", "pack"]
@@ -123,20 +123,18 @@ def pack(images: Images, size: int, *, strict: bool = False, folder: Path | None
 def _fill(images: Images, size: int, home: Path) -> None:
     """Write ``pixels.npy``, then ``index.json``, which says that the pixels are whole."""
     paths, pixels = images.paths(), home / "pixels.npy"
-    need, free = len(paths) * size * size * 3, shutil.disk_usage(home).free
-    if need > free:
-        raise Failed(
-            f"packing {len(paths)} images takes {need / 1e9:.1f} GB, {home.parent} has {free / 1e9:.1f} GB free"
-        )
+    check_room(home, len(paths) * size * size * 3, f"packing {len(paths)} images")
     index: dict[str, list[str]] = {"pixels": [], "error": [], "mode": [], "small": []}
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), size, size, 3)}
     try:
-        with pixels.open("wb") as file:
+        with full_disk(pixels), pixels.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for picture, entry in of_each(paths, partial(_decode, size=size), "decoding"):
                 file.write(picture.tobytes())
                 for name, value in entry.items():
                     index[name].append(value)
+            file.flush()
+            os.fsync(file.fileno())  # the pixels are on the disk before the index says so
     except BaseException:
         pixels.unlink(missing_ok=True)
         raise

@@ -130,7 +130,7 @@ def write_onnx(
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
     model.metadata_props.add(key="histill", value=card)
-    with atomic(Path(path)) as temporary:
+    with atomic(Path(path), tidy=True) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
     return Path(path)
 
@@ -182,7 +182,7 @@ def to_torchscript(
             torch.jit.save(frozen, buffer, _extra_files=card)
         except RuntimeError as error:
             raise Failed(f"cannot express {type(network).__name__} in TorchScript ({_cause(error)})") from error
-    with atomic(Path(path)) as temporary:
+    with atomic(Path(path), tidy=True) as temporary:
         temporary.write_bytes(buffer.getvalue())
     return Path(path)
 
@@ -218,6 +218,7 @@ def to_qupath(
     if len(set(classes)) != len(classes):
         raise BadInput("QuPath needs class names that differ")
     folder = Path(folder)
+    (folder / "config.json").unlink(missing_ok=True)  # written last: what it describes is whole
     to_torchscript(network, folder / "torchscript_model.pt", image_size=image_size, classes=classes, mpp=mpp)
     write_json(
         folder / "config.json",
@@ -261,6 +262,8 @@ def check_parity(
         if file is None:
             return Failed(f"the export {why}")
         file.unlink()
+        if file.suffix == ".xml":
+            file.with_suffix(".bin").unlink(missing_ok=True)  # its weights
         return Failed(f"{file} {why}; the file was deleted")
 
     original = TorchPredictor(network, other.classes, other.image_size)

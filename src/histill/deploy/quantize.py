@@ -99,6 +99,6 @@ def quantize(model: str | Path, out: str | Path, calibration: Iterable[Pixels]) 
             raise Failed(f"ONNX Runtime cannot quantize {model}: {one_line(error)}") from error
     del result.metadata_props[:]
     onnx.helper.set_model_props(result, card)
-    with atomic(Path(out)) as temporary:
+    with atomic(Path(out), tidy=True) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
     return Path(out)

@@ -26,6 +26,7 @@ from histill.data.packed import Packed
 from histill.errors import BadInput
 from histill.evaluate.metrics import Array
 from histill.evaluate.objects import match, object_formulas
+from histill.memory import fits_of
 
 __all__ = ["SELECTIONS", "MaskScores", "ask", "finish", "label_map", "predictions", "scores", "validate"]
 
@@ -138,21 +139,27 @@ def ask(
     found: dict[str, list[NDArray[np.float64]]] = {"counts": [], "loss": []}
     mode = network.training
     network.eval()
+
+    def look(part: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        batch = packed.batch(part, device=device)
+        assert batch.masks is not None
+        outputs = network(batch.images)
+        truth = batch.masks.clamp(max=1) if instances else batch.masks
+        size = (truth.shape[-2], truth.shape[-1])
+        said, objects = label_map(outputs, size), {}
+        if instances and (draw := getattr(network, "instances", None)):
+            nuclei = draw(outputs, size)
+            said = torch.from_numpy(nuclei > 0).long().to(truth.device)
+            pairs = zip(nuclei, batch.masks.cpu().numpy())
+            objects["objects"] = np.array([astuple(match(t, n)) for n, t in pairs])
+        loss = _cross_entropy(outputs["logits"], truth).double().cpu().numpy()
+        return {"counts": _count(said, truth, classes), "loss": loss, **objects}
+
     with torch.no_grad():
         for start in range(0, len(rows), _BATCH):
-            batch = packed.batch(rows[start : start + _BATCH], device=device)
-            assert batch.masks is not None
-            outputs = network(batch.images)
-            truth = batch.masks.clamp(max=1) if instances else batch.masks
-            size = (truth.shape[-2], truth.shape[-1])
-            said = label_map(outputs, size)
-            if instances and (draw := getattr(network, "instances", None)):
-                nuclei = draw(outputs, size)
-                said = torch.from_numpy(nuclei > 0).long().to(truth.device)
-                pairs = zip(nuclei, batch.masks.cpu().numpy())
-                found.setdefault("objects", []).append(np.array([astuple(match(t, n)) for n, t in pairs]))
-            found["counts"].append(_count(said, truth, classes))
-            found["loss"].append(_cross_entropy(outputs["logits"], truth).double().cpu().numpy())
+            for piece in fits_of(network, "judging")(look, rows[start : start + _BATCH]):
+                for name, values in piece.items():
+                    found.setdefault(name, []).append(values)
     network.train(mode)
     empty = {"counts": np.zeros((0, classes, 3)), "loss": np.zeros(0)}
     return {name: np.concatenate(values) if values else empty[name] for name, values in found.items()}

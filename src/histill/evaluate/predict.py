@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from histill.data.packed import Packed
+from histill.memory import fits_of
 
 __all__ = ["predict_rows"]
 
@@ -29,11 +30,16 @@ def predict_rows(
     mode = network.training
     network.eval()
     said: dict[str, list[Tensor]] = {}
+
+    def look(part: NDArray[np.int64]) -> dict[str, Tensor]:
+        outputs = network(packed.batch(part, device=device).images).items()
+        logits = {n: v for n, v in outputs if n == "logits" or (n.startswith("exit") and n[4:].isdigit())}
+        return {name: value.double().cpu() for name, value in logits.items()}
+
     with torch.no_grad():
         for start in range(0, len(rows), batch_size):
-            batch = packed.batch(rows[start : start + batch_size], device=device)
-            for name, value in network(batch.images).items():
-                if name == "logits" or (name.startswith("exit") and name[4:].isdigit()):
-                    said.setdefault(name, []).append(value.double().cpu())
+            for piece in fits_of(network, "judging")(look, rows[start : start + batch_size]):
+                for name, value in piece.items():
+                    said.setdefault(name, []).append(value)
     network.train(mode)
     return {name: torch.cat(values).numpy() for name, values in said.items()}

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histill.errors import BadInput, require
-from histill.files import atomic, write_text
+from histill.files import atomic, claim, full_disk, write_text
 from histill.slides.geojson import Color
 
 __all__ = ["Heatmap", "blend", "overlay", "per_stride", "write_deepzoom", "write_ome_tiff"]
@@ -91,7 +91,11 @@ def blend(
     pixel = stride / k
     width, height = (max(1, math.ceil(side / pixel)) for side in dimensions)
     shape = (len(classes), height, width)
-    found = np.zeros(shape, np.float32) if scratch is None else np.memmap(scratch, np.float32, "w+", shape=shape)
+    if scratch is None:
+        found = np.zeros(shape, np.float32)
+    else:
+        found = np.memmap(scratch, np.float32, "w+", shape=shape)
+        claim(scratch)
     covered = np.zeros((height, width), np.bool_)
     order = np.argsort(places[:, 1] + places[:, 3] / 2, kind="stable")
     places, probabilities = places[order], probabilities[order]
@@ -281,12 +285,8 @@ def write_deepzoom(path: str | Path, rgba: Pixels) -> Path:
     shutil.rmtree(fresh, ignore_errors=True)
     height, width = rgba.shape[:2]
     level = Image.fromarray(rgba, "RGBA")
-    for number in range(math.ceil(math.log2(max(height, width, 1))), -1, -1):
-        where = fresh / str(number)
-        where.mkdir(parents=True)
-        for column, row, box in _deepzoom_tiles(level.size):
-            level.crop(box).save(where / f"{column}_{row}.png", "PNG")
-        level = level.resize(((level.width + 1) // 2, (level.height + 1) // 2), Image.Resampling.BOX)
+    with full_disk(path):
+        _draw_levels(level, fresh)
     path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
@@ -297,6 +297,16 @@ def write_deepzoom(path: str | Path, rgba: Pixels) -> Path:
         f'Format="png" Overlap="{_OVERLAP}" TileSize="{_DEEPZOOM}">{size}</Image>\n',
     )
     return path
+
+
+def _draw_levels(level: Image.Image, fresh: Path) -> None:
+    """A folder of tiles for each level, the finest first."""
+    for number in range(math.ceil(math.log2(max(level.size))), -1, -1):
+        where = fresh / str(number)
+        where.mkdir(parents=True)
+        for column, row, box in _deepzoom_tiles(level.size):
+            level.crop(box).save(where / f"{column}_{row}.png", "PNG")
+        level = level.resize(((level.width + 1) // 2, (level.height + 1) // 2), Image.Resampling.BOX)
 
 
 def _deepzoom_tiles(size: tuple[int, int]) -> Iterator[tuple[int, int, tuple[int, int, int, int]]]:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from scipy.special import expit, softmax
 
 from histill.deploy.deliver import open_any
 from histill.deploy.predictor import Pixels, Predictor, one_line
-from histill.errors import BadInput
+from histill.errors import BadInput, out_of_memory
+from histill.files import claim
+from histill.memory import Fits
 from histill.models.mac_resnet import attention_mask
 from histill.slides.engine import Model
 from histill.slides.grid import Grid
@@ -115,19 +118,22 @@ def segment(
     width, height = (max(1, math.ceil(side / pixel)) for side in slide.dimensions)
     names = [name for name in classes if name in segmenters]
     values = np.array([classes.index(name) + 1 for name in names], np.uint8)
-    labels = (
-        np.zeros((height, width), np.uint8)
-        if scratch is None
-        else np.memmap(scratch / "mask.map", np.uint8, "w+", shape=(height, width))
-    )
+    if scratch is None:
+        labels = np.zeros((height, width), np.uint8)
+    else:
+        labels = np.memmap(scratch / "mask.map", np.uint8, "w+", shape=(height, width))
+        claim(scratch / "mask.map")
     said = tiles[[f"prob_{name}" for name in classes]].to_numpy().argmax(1)
     # Pixels of the mask; a tile may begin a fraction of one off, and lies where its corner is nearest.
     lefts, tops = (np.rint(tiles[axis].to_numpy() / pixel).astype(np.int64) for axis in ("x", "y"))
     band = _Band(labels, values, tile)
+    fits = {name: Fits(f"the model of --segment {name}") for name in names}
     with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
         for rows, images, name in _routed(pool, slide, grid, tiles, tops, said, classes, segmenters, batch_size):
             band.settle(int(tops[rows[0]]))
-            found = None if images is None else _foreground(segmenters[name], images, name)
+            found = None
+            if images is not None:
+                found = np.concatenate(fits[name](partial(_foreground, segmenters[name], name=name), images))
             for number, row in enumerate(rows):
                 band.add(int(lefts[row]), None if found is None else (names.index(name), found[number]))
     band.settle(height)
@@ -206,7 +212,9 @@ def _foreground(predictor: Predictor, images: Pixels, name: str) -> Pixels:
     """
     try:
         logits = predictor.logits(images)
-    except Exception as error:  # noqa: BLE001 - each runtime has errors of its own
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         raise BadInput(
             f"the model of --segment {name} does not take tiles of {images.shape[-1]} ({one_line(error)})"
         ) from None

@@ -57,7 +57,9 @@ class State:
                 if there != self.key:
                     raise BadInput(f"{folder} holds {_other(there, self.key)}; give another --out, or --no-resume")
         self.finished = (folder / "slide.json").is_file() and _whole(folder)
-        if not self.finished:
+        if self.finished:
+            self.done()  # a kill came before they were thrown away
+        else:
             self.folder.mkdir(parents=True, exist_ok=True)
             sweep(self.folder)
             write_json(self.folder / "key.json", self.key)
