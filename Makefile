@@ -3,12 +3,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 
-.PHONY: help install demo test test-all soak check format clean
+.PHONY: help install demo test test-all soak docs check format clean
 help:
 	@echo "make demo      install into $(VENV), run the main job on phantom tissue, print the report's path"
 	@echo "make test      install and run the tests (under 5 minutes on 2 cores)"
 	@echo "make test-all  the tests and the longer ones"
 	@echo "make soak      kill trainings, caches, slides and exports at random moments, 50 times each (under 15 minutes)"
+	@echo "make docs      the pages, into docs/_build/html; warnings are errors"
 	@echo "make check     formatting, lint, types"
 	@echo "make format    format and mend what can be mended"
 
@@ -33,6 +34,11 @@ test-all: install
 # At moments of its own each time; it says how to have the same again.
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills 50 --out benchmarks/results/soak.json
+
+# -E -a: everything anew, as a page also depends on docstrings.
+docs: install
+	$(BIN)/sphinx-build -q -E -a -W --keep-going -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 check: install
 	$(BIN)/ruff format --check src tests benchmarks
