@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from histill.data.hdf5 import MOST_TIMES, SMALL_BYTES, array
 from histill.data.images import Images, few
 from histill.data.packed import Packed
 from histill.errors import BadInput
@@ -33,6 +34,7 @@ __all__ = ["Embeddings", "Several", "Standardised", "bound", "open_teacher", "st
 
 T = TypeVar("T")
 
+_MOST_IMAGES = 50_000_000
 Floats = NDArray[np.float32]
 
 
@@ -145,9 +147,9 @@ def _read(file: Path) -> _Part:
         raise BadInput(f"{file}: not embeddings; give {', '.join(_READERS)}, or a folder of them")
     try:
         return _READERS[file.suffix](file)
-    except BadInput:
+    except (BadInput, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:  # h5py's and pyarrow's are of these kinds
+    except Exception as error:  # noqa: BLE001 - h5py, pyarrow and NumPy raise what the damage leads to
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{file}: not readable embeddings ({why})") from None
 
@@ -158,20 +160,30 @@ def _read_h5(file: Path) -> _Part:
     with h5py.File(file, "r") as inside:
         if missing := [name for name in ("features", "coords") if name not in inside]:
             raise BadInput(f"{file}: no {' and no '.join(missing)} in it; it has {few(inside.keys()) or 'nothing'}")
-        coords, shape = np.asarray(inside["coords"]), inside["features"].shape
+        shape = array(inside, "features", file).shape
+        if len(said := array(inside, "coords", file).shape) != 2 or said[0] > _MOST_IMAGES:
+            raise BadInput(f"{file}: coords {said}; (N, 2) are read, N at most {_MOST_IMAGES:,}")
+        coords = np.asarray(inside["coords"])
     if coords.ndim != 2 or coords.shape[1] < 2 or len(shape) != 2 or shape[0] != len(coords):
         raise BadInput(f"{file}: features {shape} and coords {coords.shape} do not fit; (N, D) and (N, 2) are read")
 
     def read(rows: NDArray[np.int64]) -> NDArray[Any]:
         with h5py.File(file, "r") as inside:
-            return np.asarray(inside["features"][:])[rows] if len(rows) else np.empty((0, shape[1]))
+            return np.asarray(array(inside, "features", file)[:])[rows] if len(rows) else np.empty((0, shape[1]))
 
     return _Part(file, [f"{file.stem}_{int(x)}_{int(y)}" for x, y in coords[:, :2]], int(shape[1]), read)
 
 
 def _read_parquet(file: Path) -> _Part:
     import pandas as pd
+    import pyarrow.parquet as pq
 
+    said = pq.read_metadata(file)
+    groups = [said.row_group(n) for n in range(said.num_row_groups)]
+    values = sum(g.column(c).num_values for g in groups for c in range(g.num_columns))
+    size = file.stat().st_size
+    if said.num_rows > _MOST_IMAGES or 8 * values > max(SMALL_BYTES, MOST_TIMES * size):
+        raise BadInput(f"{file}: claims {said.num_rows:,} images and {values:,} values in a file of {size:,} bytes")
     frame = pd.read_parquet(file)
     if "image" not in frame:
         raise BadInput(f"{file}: no column image; it has {few(frame.columns)}")
@@ -190,8 +202,8 @@ def _read_npy(file: Path) -> _Part:
 
 
 def _in_memory(file: Path, names: list[str], values: NDArray[Any]) -> _Part:
-    if values.ndim != 2 or len(values) != len(names) or values.shape[1] == 0:
-        raise BadInput(f"{file}: embeddings {values.shape} of {len(names)} images; (images, width) is read")
+    if values.ndim != 2 or len(values) != len(names) or values.shape[1] == 0 or values.dtype.kind not in "fiub":
+        raise BadInput(f"{file}: embeddings {values.shape} of {len(names)} images; numbers (images, width) are read")
     return _Part(file, names, int(values.shape[1]), lambda rows: np.asarray(values[rows]))
 
 

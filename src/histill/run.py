@@ -19,7 +19,10 @@ from histill.data.images import Images
 from histill.errors import BadInput, HistillError
 from histill.files import read_json
 
-__all__ = ["Run", "without_weights"]
+__all__ = ["Run", "read_log", "without_weights"]
+
+_MOST_SIZE = 8192  # pixels of a side
+_MOST_TIMES, _SMALL_BYTES = 100, 64 << 20  # a table's size in memory, by its file's
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,13 @@ class Run:
         try:
             network = info["network"]
             function, arguments = network["function"], network["arguments"]
-            tuple(info["classes"]), int(info["image_size"]), info["status"], info["data"]["hash"]
+            _check(info)
             build = functools.partial(_resolve(path, function, code), **arguments)
         except BadInput:
             raise
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise BadInput(f"{path / 'run.json'}: not a run of Histill ({type(error).__name__}: {error})") from None
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            raise BadInput(f"{path / 'run.json'}: not a run of Histill ({why})") from None
         return cls(path, info, without_weights(build))
 
     @property
@@ -86,12 +90,15 @@ class Run:
     @property
     def log(self) -> pd.DataFrame:
         """A row per epoch."""
-        return pd.read_csv(self.path / "log.csv")
+        return read_log(self.path)
 
     @property
     def metrics(self) -> dict[str, Any]:
         """Figures with intervals, per split."""
-        return dict(read_json(self.path / "metrics.json"))
+        figures = read_json(self.path / "metrics.json")
+        if not isinstance(figures, dict):
+            raise BadInput(f"{self.path / 'metrics.json'}: not figures of a run")
+        return figures
 
     @property
     def predictions(self) -> pd.DataFrame:
@@ -126,11 +133,43 @@ class Run:
         return network.eval()
 
 
+def read_log(folder: Path) -> pd.DataFrame:
+    """A row per epoch of ``log.csv``; `BadInput` where it is missing or damaged."""
+    file = folder / "log.csv"
+    try:
+        return pd.read_csv(file)
+    except (OSError, ValueError) as error:  # of pandas' errors all are the latter
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{file}: not a readable log ({why})") from None
+
+
+def _check(info: dict[str, Any]) -> None:
+    """Raise where what every reader of a run relies on is not there or not what it should be."""
+    names = info["classes"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError("classes are not a list of names")
+    if type(info["image_size"]) is not int or not 0 < info["image_size"] <= _MOST_SIZE:
+        raise ValueError(f"an image size of {info['image_size']!r:.50}")
+    for name, kinds in (("status", str), ("select", str), ("positive", str | None)):
+        if not isinstance(info[name], kinds):
+            raise TypeError(f"{name} is {info[name]!r:.50}")
+    if not isinstance(info["data"]["hash"], str) or info["data"].get("masks", "") not in ("", "classes", "instances"):
+        raise ValueError("what it says of its data cannot be")
+
+
 def _read(file: Path) -> pd.DataFrame:
     try:
+        import pyarrow.parquet as pq
+
+        said, size = pq.read_metadata(file), file.stat().st_size
+        if said.num_rows * said.num_columns * 8 > max(_SMALL_BYTES, _MOST_TIMES * size):
+            raise ValueError(f"{said.num_rows:,} rows in a file of {size:,} bytes")
         return pd.read_parquet(file)
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-        raise BadInput(f"{file}: not readable predictions ({str(error).splitlines()[0]})") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - pyarrow and pandas raise what the damage leads to
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{file}: not readable predictions ({why})") from None
 
 
 def without_weights(build: functools.partial[nn.Module]) -> functools.partial[nn.Module]:

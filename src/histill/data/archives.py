@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import bz2
+import errno
 import gzip
 import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import tarfile
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from histill.errors import BadInput
 from histill.files import atomic
@@ -32,6 +35,8 @@ _MOST_TIMES = 200
 can reach 100; a bomb has 1,000 and more."""
 _SMALL = 16 * _MEGABYTE
 """Up to here any ratio is harmless."""
+_MOST_HEADER = 16 * _MEGABYTE
+"""Of a tar member; it is read into memory."""
 _SEVEN_ZIP = b"7z\xbc\xaf\x27\x1c"
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
 
@@ -51,7 +56,7 @@ class _Limit:
     def __init__(self, archive: Path, most_bytes: int) -> None:
         self.archive, self.most_bytes = archive, most_bytes
         self.packed = max(archive.stat().st_size, 1)
-        self.written = self.files = 0
+        self.written = self.files = self.members = 0
 
     def add(self, count: int) -> None:
         self.written += count
@@ -63,10 +68,18 @@ class _Limit:
                 "nothing was unpacked"
             )
 
-    def add_file(self) -> None:
-        self.files += 1
-        if self.files > _MOST_FILES:
-            raise BadInput(f"{self.archive}: holds more than {_MOST_FILES:,} files; nothing was unpacked")
+    def add_member(self) -> None:
+        self.members += 1
+        if self.members > _MOST_FILES:
+            raise BadInput(f"{self.archive}: holds more than {_MOST_FILES:,} members; nothing was unpacked")
+
+    def reach(self, place: int) -> None:
+        """So far has been read of what a packed tar unpacks to, headers and what is left out included."""
+        if place > _SMALL and place > _MOST_TIMES * self.packed:
+            raise BadInput(
+                f"{self.archive}: swells to more than {_MOST_TIMES} times its size, as a decompression bomb does; "
+                "nothing was unpacked"
+            )
 
 
 def unpack(archive: str | Path, out: str | Path, *, most_bytes: int = _MOST_BYTES) -> int:
@@ -110,8 +123,12 @@ def unpack(archive: str | Path, out: str | Path, *, most_bytes: int = _MOST_BYTE
 def _fill(archive: Path, folder: Path, limit: _Limit) -> int:
     """Write every member below ``folder``; returns how many links were left out."""
     links, before = 0, 0
-    with progress(f"unpacking {archive.name}", -(-limit.packed // _MEGABYTE), "MB") as bar, _members(archive) as all_:
+    with (
+        progress(f"unpacking {archive.name}", -(-limit.packed // _MEGABYTE), "MB") as bar,
+        _members(archive, limit) as all_,
+    ):
         for member in all_:
+            limit.add_member()
             parts = _parts(archive, member.name)
             target = folder.joinpath(*parts)
             try:
@@ -123,12 +140,16 @@ def _fill(archive: Path, folder: Path, limit: _Limit) -> int:
                 elif member.kind == "folder":
                     target.mkdir(parents=True, exist_ok=True)
                 elif parts and member.file is not None:
-                    limit.add_file()
+                    limit.files += 1
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with target.open("xb") as file:
                         _copy(member.file, file, limit)
             except (FileExistsError, NotADirectoryError, IsADirectoryError):
                 raise BadInput(f"{archive}: two members are called {member.name!r}; nothing was unpacked") from None
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                raise BadInput(f"{archive}: {member.name[:40]!r}... is too long a name; nothing was unpacked") from None
             if (now := member.read // _MEGABYTE) > before:
                 bar.advance(now - before)
                 before = now
@@ -142,21 +163,79 @@ def _copy(source: IO[bytes], target: IO[bytes], limit: _Limit) -> None:
 
 
 @contextmanager
-def _members(archive: Path) -> Iterator[Iterator[_Member]]:
+def _members(archive: Path, limit: _Limit) -> Iterator[Iterator[_Member]]:
     """What the archive holds, in order; its damage is `BadInput`, the disk's trouble stays what it is."""
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as whole:
                 yield _of_zip(archive, whole)
         else:
-            with archive.open("rb") as raw, tarfile.open(fileobj=raw) as tar:
+            with (
+                archive.open("rb") as raw,
+                _Unpacked(raw, limit) as stream,
+                _tar(stream) as tar,
+            ):
                 yield _of_tar(tar, raw)
     except _DAMAGE as error:
         raise BadInput(_why(archive, error)) from None
     except OSError as error:
-        if error.errno is not None:
+        if error.errno not in (None, errno.EINVAL):
             raise
-        raise BadInput(_why(archive, error)) from None  # gzip's word for damage
+        raise BadInput(_why(archive, error)) from None  # gzip's word for damage, and a place that no file has
+    except (ValueError, struct.error, OverflowError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(_why(archive, error)) from None  # a number that cannot be
+
+
+class _Unpacked:
+    """A tar file's bytes, unpacked where it is packed: a file for `tarfile` that lets nobody read without measure.
+
+    `tarfile` reads a member's header whole, however long it says that it is, and skips what is not wanted: neither is
+    counted where files are written.
+    """
+
+    def __init__(self, raw: IO[bytes], limit: _Limit) -> None:
+        head = raw.read(6)
+        raw.seek(0)
+        kinds: dict[bytes, Callable[[IO[bytes]], Any]] = {
+            b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+            b"BZh": bz2.BZ2File,
+            b"\xfd7zXZ\0": lzma.LZMAFile,
+            b"]\0\0": lzma.LZMAFile,
+        }
+        opened = next((kind for magic, kind in kinds.items() if head.startswith(magic)), None)
+        self.file, self.limit = opened(raw) if opened else raw, limit
+
+    def __enter__(self) -> _Unpacked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def read(self, count: int) -> bytes:
+        if count > _MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {count:,} bytes")
+        data: bytes = self.file.read(count)
+        self.tell()
+        return data
+
+    def seek(self, place: int) -> int:
+        here: int = self.file.tell()
+        while here + _MOST_HEADER < place:  # forward in steps, so that the limit is met on the way
+            self.file.seek(here := here + _MOST_HEADER)
+            self.limit.reach(here)
+        self.file.seek(place)
+        return self.tell()
+
+    def tell(self) -> int:
+        here: int = self.file.tell()
+        self.limit.reach(here)
+        return here
+
+
+def _tar(stream: Any) -> tarfile.TarFile:
+    return tarfile.open(fileobj=stream, mode="r:")
 
 
 def _why(archive: Path, error: Exception) -> str:
@@ -252,12 +331,18 @@ def read_member(archive: Path, name: str, what: str, most: int) -> bytes:
         BadInput: no such archive (``what`` it should be) or no such file in it.
     """
     try:
-        with tarfile.open(archive) as tar:
+        limit = _Limit(archive, _MOST_BYTES)
+        with archive.open("rb") as raw, _Unpacked(raw, limit) as stream, _tar(stream) as tar:
             file = tar.extractfile(name)
             if file is None:
                 raise KeyError(name)
-            return file.read(most + 1)
+            data = bytearray()
+            while len(data) <= most and (block := file.read(min(_MEGABYTE, most + 1 - len(data)))):
+                data += block
+            return bytes(data)
     except FileNotFoundError:
         raise BadInput(f"{archive} does not exist") from None
-    except (KeyError, *_DAMAGE, OSError) as error:
+    except BadInput:
+        raise
+    except (KeyError, *_DAMAGE, OSError, ValueError) as error:
         raise BadInput(f"{archive}: not {what} ({' '.join(str(error).split())})") from None

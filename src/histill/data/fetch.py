@@ -30,6 +30,7 @@ _MEGABYTE = 1 << 20
 _TRIES = 4
 _PAUSE_S = 1.0
 _TIMEOUT_S = 60.0
+_MOST_BYTES = 1 << 40
 _RECORD = "fetched.json"
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _TROUBLE = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
@@ -56,6 +57,8 @@ def fetch(name: str, out: str | Path | None = None, *, by: By = "patient") -> Pa
     with locked(folder):
         sweep(folder)
         record = read_json(folder / _RECORD) if (folder / _RECORD).exists() else {}
+        if not isinstance(record, dict) or not all(isinstance(state, dict) for state in record.values()):
+            raise BadInput(f"{folder / _RECORD} is not what this command writes; remove it")
         missing = []
         for file in data.files:
             state = record.setdefault(file.name, {})
@@ -240,6 +243,8 @@ def _get(url: str, part: Path, size: int | None, checked: bool) -> None:
         validator = tag if tag.startswith('"') else answer.headers.get("Last-Modified") or ""  # a weak tag will not do
         write_json(_note(part), {"url": url, "validator": validator})
         length = answer.headers.get("Content-Length")
+        if length is not None and not re.fullmatch("[0-9]{1,15}", length):
+            raise Failed(f"{url}: the server does not say a length that can be ({length!r})")
         total = have + int(length) if length else size or 0
         with (
             progress(
@@ -247,15 +252,17 @@ def _get(url: str, part: Path, size: int | None, checked: bool) -> None:
             ) as bar,
             part.open("ab" if going_on else "wb") as file,
         ):
-            _copy(answer, file, bar)
+            _copy(answer, file, bar, url)
     if length and (came := part.stat().st_size) != total:
         raise ConnectionError(f"cut off after {came:,} of {total:,} bytes")
 
 
-def _copy(source: http.client.HTTPResponse | Any, target: IO[bytes], bar: Bar) -> None:
+def _copy(source: http.client.HTTPResponse | Any, target: IO[bytes], bar: Bar, url: str) -> None:
     rest = 0
     while block := source.read(1 << 16):
         target.write(block)
+        if target.tell() > _MOST_BYTES:
+            raise Failed(f"{url}: the server sends more than {_MOST_BYTES:,} bytes; it is not the data set")
         rest += len(block)
         if rest >= _MEGABYTE:
             bar.advance(rest // _MEGABYTE)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from histill.deploy.formats import write_onnx
-from histill.deploy.predictor import Pixels, one_line, onnx_session, write_card
+from histill.deploy.predictor import MOST_SIZE, Pixels, one_line, onnx_session, write_card
 from histill.errors import BadInput, require
 from histill.evaluate.early_exit import segments_of
 from histill.files import file_digest, read_json, write_json
@@ -153,7 +153,11 @@ def open_exits(folder: str | Path, *, threads: int | None = None) -> ExitsPredic
         files = [(folder / Path(entry["file"]).name, entry["sha256"]) for entry in card["exits"]]
         threshold = float(card["threshold"])
         files[0], classes[0]
-    except (KeyError, TypeError, ValueError, IndexError):
+        if not 0 < size <= MOST_SIZE or not all(isinstance(name, str) for name in card["classes"]):
+            raise ValueError
+        if mpp is not None and not (type(mpp) in (int, float) and 0 < mpp < np.inf):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError):
         raise BadInput(f"{folder / 'exits.json'} is damaged; export it again") from None
     for file, digest in files:
         if not file.is_file() or file_digest(file) != digest:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,7 +17,12 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from torch import nn
 
+from histill.deploy.script import check_script
 from histill.errors import BadInput, require
+from histill.memory import Fits
+
+if TYPE_CHECKING:
+    from histill.deploy.openvino import OpenVinoPredictor
 
 __all__ = [
     "Leaving",
@@ -30,6 +35,8 @@ __all__ = [
     "predict_folder",
 ]
 
+MOST_SIZE = 8192
+"""Pixels of a side; a model file is tried with an image of the size that it names."""
 Pixels = NDArray[np.float32]
 """``(B, 3, H, W)`` RGB in [0, 1]."""
 
@@ -124,11 +131,12 @@ class OnnxPredictor:
 
 
 def open_model(path: str | Path, *, threads: int | None = None, image_size: int | None = None) -> Predictor:
-    """Open an ``.onnx`` or a TorchScript ``.pt``/``.torchscript`` file and run it once, to know that it works.
+    """Open an ``.onnx``, an OpenVINO ``.xml`` or a TorchScript ``.pt``/``.torchscript`` file, and run it once.
 
     Class names, image size and resolution are read from what the export wrote into the file. In a file of another
     origin the classes are named ``class0`` and so on, its output is taken for logits, and its input for RGB in
-    [0, 1]. TorchScript is loaded by libtorch's own reader, which runs no Python pickle.
+    [0, 1]. TorchScript is loaded by libtorch's own reader, which runs no Python pickle, once its code has been looked
+    through (`histill.deploy.script`).
 
     Args:
         path: the file.
@@ -145,8 +153,12 @@ def open_model(path: str | Path, *, threads: int | None = None, image_size: int 
         make, text, static = _open_onnx(path, threads or torch.get_num_threads())
     elif path.suffix in (".pt", ".torchscript"):
         make, text, static = _open_torchscript(path, threads)
+    elif path.suffix == ".xml":
+        from histill.deploy.openvino import open_openvino
+
+        make, text, static = open_openvino(path, threads or torch.get_num_threads())
     else:
-        raise BadInput(f"{path}: not a model file; give a run folder, .onnx, .pt or .torchscript")
+        raise BadInput(f"{path}: not a model file; give a run folder, .onnx, .xml, .pt or .torchscript")
 
     card = _read_card(text, path)
     size = card.get("image_size") or static
@@ -170,11 +182,11 @@ def open_model(path: str | Path, *, threads: int | None = None, image_size: int 
     return predictor
 
 
-_Opened: TypeAlias = tuple[Callable[..., OnnxPredictor | TorchScriptPredictor], str, int | None]
+Opened: TypeAlias = "tuple[Callable[..., OnnxPredictor | OpenVinoPredictor | TorchScriptPredictor], str, int | None]"
 """What makes the predictor, what the file says of itself, and the image size that its graph fixes."""
 
 
-def _open_onnx(path: Path, threads: int) -> _Opened:
+def _open_onnx(path: Path, threads: int) -> Opened:
     session = onnx_session(path, threads)
     entries = session.get_inputs()
     shape: list[int | str] = entries[0].shape
@@ -198,8 +210,9 @@ def onnx_session(path: Path, threads: int) -> Any:
         raise BadInput(f"{path} is not a usable ONNX model ({one_line(error)})") from None
 
 
-def _open_torchscript(path: Path, threads: int | None) -> _Opened:
+def _open_torchscript(path: Path, threads: int | None) -> Opened:
     extra: dict[str, Any] = {"histill.json": ""}
+    check_script(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch announces the end of TorchScript, which QuPath reads
@@ -229,11 +242,11 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
         sound = (
             bool(classes)
             and all(isinstance(name, str) for name in classes)
-            and isinstance(size, int)
-            and size > 0
-            and (mpp is None or mpp > 0)
+            and type(size) is int
+            and 0 < size <= MOST_SIZE
+            and (mpp is None or (type(mpp) in (int, float) and 0 < mpp < np.inf))
         )
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (OverflowError, ValueError, TypeError, KeyError, RecursionError):
         sound = False
     if not sound:
         raise BadInput(f"{path}: what it says of its classes and size is damaged; export it again")
@@ -279,13 +292,13 @@ def predict_folder(
         except (OSError, ValueError) as error:
             return error
 
-    remaining = list(paths)
+    remaining, fits = list(paths), Fits("predicting")
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(remaining), batch):
             chunk = remaining[start : start + batch]
             loaded = list(pool.map(attempt, chunk))
             images = [image for image in loaded if not isinstance(image, Exception)]
-            rows = iter(_said(predictor, images))
+            rows = iter(_said(predictor, images, fits))
             for path, image in zip(chunk, loaded):
                 if isinstance(image, Exception):
                     yield Prediction(path, None, one_line(image))
@@ -295,11 +308,11 @@ def predict_folder(
             progress(len(chunk))
 
 
-def _said(predictor: Predictor, images: list[Pixels]) -> list[tuple[Pixels, int | None]]:
+def _said(predictor: Predictor, images: list[Pixels], fits: Fits) -> list[tuple[Pixels, int | None]]:
     """Each image's probabilities and, with early exit, where it left."""
     if not images:
         return []
     if isinstance(predictor, Leaving):
-        probabilities, exits = predictor.leave(np.stack(images))
-        return [(p, int(e)) for p, e in zip(probabilities, exits)]
-    return [(p, None) for p in predictor(np.stack(images))]
+        pieces = fits(predictor.leave, np.stack(images))
+        return [(p, int(e)) for probabilities, exits in pieces for p, e in zip(probabilities, exits)]
+    return [(p, None) for probabilities in fits(predictor, np.stack(images)) for p in probabilities]

@@ -6,10 +6,10 @@ Nothing is unpickled but tensors, and nothing is fetched unless an address or ``
 from __future__ import annotations
 
 import hashlib
-import pickle
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,6 +26,10 @@ from histill.files import atomic, cache_dir
 __all__ = ["fill", "hub", "imagenet", "load_weights", "read_weights"]
 
 _TIMEOUT_S = 5
+_MOST_BYTES = 64 << 30  # of a download
+_MOST_TIMES = 4
+_SMALL_BYTES = 1 << 20
+_MOST_WRAPPED = 8
 _WRAPPERS = ("module.", "_orig_mod.", "backbone.", "network.")
 
 
@@ -95,7 +98,11 @@ def fill(
             f"{source} does not fit {type(module).__name__}: "
             f"it has no {', '.join(unfilled[:3]) or 'weight of the same name and shape'}{more}"
         )
-    module.load_state_dict(fitting, strict=False, assign=assign)
+    try:
+        module.load_state_dict(fitting, strict=False, assign=assign)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(f"{source} does not fit {type(module).__name__}: {why}") from None
 
 
 def read_weights(weights: str | Path) -> dict[str, Tensor]:
@@ -110,16 +117,38 @@ def read_weights(weights: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
+            _check_unpacked(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError):
+    except BadInput:
+        raise
+    except Exception:  # noqa: BLE001 - safetensors, zip and the unpickler raise what the damage leads to
         raise BadInput(
             f"{path} is damaged or not a safe weight file: give .safetensors, or .pt with tensors only"
         ) from None
-    while isinstance(state, dict) and (inner := next((k for k in ("state_dict", "model") if k in state), None)):
+    for _ in range(_MOST_WRAPPED):  # a dict may hold itself
+        inner = next((k for k in ("state_dict", "model") if k in state), None) if isinstance(state, dict) else None
+        if inner is None:
+            break
         state = state[inner]
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or inner is not None:
         raise BadInput(f"{path} holds no named tensors: save a network's state_dict()")
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in state.items() if isinstance(name, str) and _plain(value)}
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is a tensor of numbers in the memory that it says; others cannot be copied into a network."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized and not value.is_meta
+
+
+def _check_unpacked(path: Path) -> None:
+    """Refuse a ``.pt`` archive that unpacks to more than it is; torch packs nothing."""
+    if not zipfile.is_zipfile(path):
+        return  # of before 2020, which is not packed
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > _MOST_TIMES * size + _SMALL_BYTES:
+        raise BadInput(f"{path}: {unpacked:,} bytes packed into {size:,}; weights are not packed, save them again")
 
 
 def imagenet(name: str) -> dict[str, Tensor]:
@@ -187,7 +216,8 @@ def _download(address: str) -> Path:
             with urllib.request.urlopen(url, timeout=4 * _TIMEOUT_S) as answer, temporary.open("wb") as file:
                 while chunk := answer.read(1 << 20):
                     hashed.update(chunk)
-                    file.write(chunk)
+                    if file.write(chunk) and file.tell() > _MOST_BYTES:
+                        raise BadInput(f"{url} sends more than {_MOST_BYTES:,} bytes: it is no weight file")
             if hashed.hexdigest() != expected:
                 raise BadInput(f"{url} has another checksum (sha256={hashed.hexdigest()}): check it at its source")
     except OSError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ _TYPES = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 5: "u4", 6: "i1", 7: "u1", 8: "i2"
 _TYPES |= {12: "f8", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
 _INTEGERS = frozenset({1, 3, 4, 13, 16, 18})
 _PLACES = frozenset({3, 4, 13, 16, 18})
-_KINDS = {"description": {1, 2, 7}, "tables": {1, 7}, "x_resolution": {5}, "y_resolution": {5}}
+_KINDS: dict[str, Set[int]] = {"description": {1, 2, 7}, "tables": {1, 7}, "x_resolution": {5}, "y_resolution": {5}}
 _KINDS |= {"offsets": _PLACES, "lengths": _PLACES}
 _WANTED = {
     254: "subfile",

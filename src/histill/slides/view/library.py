@@ -266,7 +266,7 @@ def _said(place: Path) -> dict[str, Any]:
     if not isinstance(classes, list) or not all(isinstance(label, str) and label for label in classes):
         raise BadInput(f"{wrong}: classes are not a list of names")
     mpp = said.get("mpp")
-    if mpp is not None and not (isinstance(mpp, (int, float)) and math.isfinite(mpp) and mpp > 0):
+    if mpp is not None and not (type(mpp) in (int, float) and 0 < mpp < math.inf):
         raise BadInput(f"{wrong}: mpp is not a number of microns")
     settings = said.get("settings") if isinstance(said.get("settings"), dict) else {}
     threshold, lesions = settings.get("threshold"), settings.get("lesions")  # type: ignore[union-attr]
