@@ -5,7 +5,7 @@
 DATA is that of benchmarks/rckd.py, and holds ``imagenet_mobilenet`` (ImageNet weights of MobileNet). CSAT starts from
 random weights, from Barlow Twins, from RCKD (a nucleus segmenter trained on ``dsb2018_he``), and from the embeddings of
 a MobileNetV2 that was trained on ImageNet, the only large pretraining that is at hand. Each pretraining sees the same
-images as often: the patches of ``nuinsseg_unlabelled`` and the training images of ``lc25000`` without their labels.
+images as often, but for one that goes on for longer: the patches of ``nuinsseg_unlabelled`` and the training images of ``lc25000`` without their labels.
 Then each start is fine-tuned on 200 labelled tiles of ``lc25000`` (five classes) and on the glands of ``ebhi_glands``
 (masks), by one recipe, at the learning rates of `RATES`; the one with the best validation figure of the first seed is
 taken, for each start and set by itself, and run with every seed. Test images are looked at once, at the end.
@@ -42,13 +42,20 @@ PRETRAIN = {
     "barlow-twins": f"{SIZE} --method barlow-twins --optimizer adamw --lr 3e-4 --head-width 1024",
     "rckd": f"{SIZE} --optimizer adamw --lr 1e-4 --teacher-scale 1 --pseudo instances",
     "embeddings": f"{SIZE} --lr 3e-4",
+    "embeddings-long": f"{SIZE.replace('20', '40')} --lr 1e-3",
 }
-RECIPE = {"barlow-twins": "baselines.pretrain", "rckd": "rckd.pretrain", "embeddings": "foundation.pretrain"}
+RECIPE = {
+    "barlow-twins": "baselines.pretrain",
+    "rckd": "rckd.pretrain",
+    "embeddings": "foundation.pretrain",
+    "embeddings-long": "foundation.pretrain",
+}
 SAID = {
     "random": "random weights",
     "barlow-twins": "Barlow Twins",
     "rckd": "RCKD, nucleus segmenter",
     "embeddings": "embeddings of MobileNetV2 (ImageNet)",
+    "embeddings-long": "the same, 40 epochs at 1e-3",
 }
 FINETUNE: dict[str, Any] = {"network": "CSAT", "image_size": 96, "epochs": 30, "batch_size": 16, "optimizer": "adamw"}
 METRIC = {"lung_colon": "accuracy", "glands": "miou"}
@@ -79,6 +86,7 @@ def prepared(data: Path, out: Path) -> tuple[dict[str, Images], dict[str, list[A
     if not (segmenter / "run.json").exists():
         call(HISTILL, "train", "rckd.teacher", "--data", nuclei, "--out", segmenter, *SEGMENTER.split())
     told = {"barlow-twins": [], "rckd": ["--teacher", segmenter], "embeddings": ["--teacher", f"{TEACHER}={weights}"]}
+    told["embeddings-long"] = told["embeddings"]
     return sets, {start: ["--unlabelled", unlabelled, *words] for start, words in told.items()}
 
 

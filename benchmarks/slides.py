@@ -260,6 +260,8 @@ def write_models(folder: Path, case: Case) -> Path:
         "classes": list(CLASSES),
         "image_size": TILE,
         "status": "finished",
+        "select": "last",
+        "positive": None,
         "data": {"hash": ""},
     }
     (folder / "run" / "run.json").write_text(json.dumps(card))
