@@ -5,10 +5,11 @@
 DATA is that of benchmarks/rckd.py, and holds ``imagenet_mobilenet`` (ImageNet weights of MobileNet). CSAT starts from
 random weights, from Barlow Twins, from RCKD (a nucleus segmenter trained on ``dsb2018_he``), and from the embeddings of
 a MobileNetV2 that was trained on ImageNet, the only large pretraining that is at hand. Each pretraining sees the same
-images as often, but for one that goes on for longer: the patches of ``nuinsseg_unlabelled`` and the training images of ``lc25000`` without their labels.
-Then each start is fine-tuned on 200 labelled tiles of ``lc25000`` (five classes) and on the glands of ``ebhi_glands``
-(masks), by one recipe, at the learning rates of `RATES`; the one with the best validation figure of the first seed is
-taken, for each start and set by itself, and run with every seed. Test images are looked at once, at the end.
+images as often, but for one that goes on for longer: the patches of ``nuinsseg_unlabelled`` and the training images of
+``lc25000`` without their labels. Then each start is fine-tuned on 200 labelled tiles of ``lc25000`` (five classes) and
+on the glands of ``ebhi_glands`` (masks), by one recipe, at the learning rates of `RATES`; the one with the best
+validation figure of the first seed is taken, for each start and set by itself, and run with every seed. Test images are
+looked at once, at the end.
 
 A third word runs the parts of one start alone. Results go to benchmarks/results/scarce.json and scarce.txt.
 """
