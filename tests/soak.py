@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import select
 import shutil
 import signal
@@ -24,7 +25,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,7 @@ class Found:
     starts: int = 0
     finished: int = 0
     seconds: float = 0.0
+    processor_seconds: float = 0.0
     operations: int = 0
     undisturbed_seconds: float = 0.0
     compared: list[str] = field(default_factory=list)
@@ -380,6 +382,8 @@ def soak(name: str, root: Path, *, kills: int, seed: int, say: Callable[[str], N
             shutil.rmtree(out)
         out = root / f"run{found.finished}"
     found.seconds = time.monotonic() - start
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found.processor_seconds = spent.ru_utime + spent.ru_stime
     return found
 
 
@@ -410,6 +414,24 @@ def say_it(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
+def side_by_side(names: list[str], root: Path, *, kills: int, seed: int) -> dict[str, Found]:
+    """Each kind in a process of its own, as they wait as much as they work."""
+    children = {}
+    for name in names:
+        children[name] = os.fork()
+        if not children[name]:
+            try:
+                found = soak(name, root / name, kills=kills, seed=seed, say=say_it)
+                (root / f"{name}.json").write_text(json.dumps(asdict(found)))
+            except BaseException:  # noqa: BLE001 - the parent misses the file
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+    for child in children.values():
+        os.waitpid(child, 0)
+    return {name: Found(**json.loads((root / f"{name}.json").read_text())) for name in names}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kill Histill at random moments and compare what it leaves.")
     parser.add_argument("--kills", type=int, default=50, help="of each kind")
@@ -422,19 +444,22 @@ def main() -> None:
     say_it(f"seed {seed}")
     os.environ["HISTILL_QUIET"] = "1"
     torch.set_num_threads(1)
-    start, found = time.monotonic(), {}
+    start = time.monotonic()
+    if chosen.keep:
+        chosen.keep.mkdir(parents=True)
     with scratch(chosen.keep) as root:
-        for name in chosen.kinds:
-            found[name] = soak(name, root / name, kills=chosen.kills, seed=seed, say=say_it)
+        found = side_by_side(chosen.kinds, root, kills=chosen.kills, seed=seed)
     summary = {
         "command": f"python tests/soak.py --kills {chosen.kills} --seed {seed}",
         "seed": seed,
         "seconds": time.monotonic() - start,
+        "processor_seconds": sum(f.processor_seconds for f in found.values()),
         "processors": os.cpu_count(),
+        "load": os.getloadavg()[0],
         "kills": sum(f.kills for f in found.values()),
         "but_for": "started and seconds in run.json, images_per_second in log.csv, timing and resumed in slide.json "
         "and summary.json",
-        "kinds": {name: vars(f) for name, f in found.items()},
+        "kinds": {name: asdict(f) for name, f in found.items()},
     }
     text = json.dumps(summary, indent=2) + "\n"
     sys.stdout.write(text)
