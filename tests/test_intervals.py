@@ -45,9 +45,13 @@ def test_values_are_the_metrics_and_lie_in_their_intervals() -> None:
 def test_interval_equals_a_naive_bootstrap_over_patients() -> None:
     s = drawn(1, images=120, per_unit=4)
     right = (s.predictions == s.labels).reshape(30, 4).mean(axis=1)
-    naive = np.random.default_rng(5).choice(right, size=(20_000, 30)).mean(axis=1)
+    naive = np.random.default_rng(5).choice(right, size=(20_000, 30)).mean(axis=1).std() * np.sqrt(30 / 29)
     got = figures_with_intervals(s, resamples=8000)["accuracy"]
-    assert (got["low"], got["high"]) == pytest.approx(tuple(np.quantile(naive, [0.025, 0.975])), abs=0.01)
+    # Wilson's bounds solve (value - bound)^2 = t^2 bound (1 - bound) / n; n is what would vary as much.
+    value, t = right.mean(), 2.045230  # t of 29 degrees of freedom, from a table
+    independent = value * (1 - value) / naive**2
+    bounds = np.roots([1 + t**2 / independent, -2 * value - t**2 / independent, value**2])
+    assert (got["low"], got["high"]) == pytest.approx(tuple(sorted(bounds)), abs=0.005)
 
 
 def test_interval_covers_the_truth() -> None:
@@ -106,8 +110,9 @@ def test_resamples_without_a_class_are_left_out() -> None:
     said = np.array([0] * 10 + [1] * 11)
     got = figures_with_intervals(Scores(labels, np.eye(2)[said], np.arange(21)))["balanced_accuracy"]
     assert got["value"] == pytest.approx(0.75)
-    assert 0.6 < got["low"] < 0.7
-    assert 0.8 < got["high"] < 0.9
+    # Nothing is known of the recall of a class with one image: t of one degree of freedom is 12.7.
+    assert 0.05 < got["low"] < 0.15
+    assert 0.95 < got["high"] < 1
 
 
 def test_one_seed_is_the_plain_figure() -> None:
@@ -123,7 +128,8 @@ def test_seeds_are_averaged_and_widen_the_interval() -> None:
     got = figures_over_seeds(trainings, names=["accuracy"])["accuracy"]
     assert got["seeds"] == pytest.approx([0.7, 0.8, 0.9])
     assert got["value"] == pytest.approx(0.8)
-    assert (got["low"], got["high"]) == pytest.approx((0.7, 0.9), abs=0.02)
+    # Their mean has the error 0.1 / sqrt(3), and t of two degrees of freedom is 4.303: Wilson's interval for 0.8 of 48.
+    assert (got["low"], got["high"]) == pytest.approx((0.4896, 0.9434), abs=0.005)
 
 
 def test_seeds_may_have_different_test_sets() -> None:
@@ -142,9 +148,9 @@ def test_a_network_gains_nothing_over_itself() -> None:
     gain = paired_gain(s, s, resamples=200)
     assert gain.pop("mcnemar_p") == 1
     assert set(gain) == set(metrics(s))
-    assert all(f == {"value": 0, "low": 0, "high": 0} for f in gain.values())
+    assert all(f == {"value": 0, "low": 0, "high": 0, "p": 1} for f in gain.values())
     several = paired_gain([s, drawn(6)], [s, drawn(6)], resamples=200)
-    assert several["accuracy"] == {"value": 0, "low": 0, "high": 0, "seeds": [0, 0]}
+    assert several["accuracy"] == {"value": 0, "low": 0, "high": 0, "p": 1, "seeds": [0, 0]}
     assert several["mcnemar_p_seeds"] == [1, 1]
 
 
