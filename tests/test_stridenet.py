@@ -60,7 +60,7 @@ def test_the_recipe_of_dsnet_distils_into_it(tmp_path: Path, name: str) -> None:
     assert isinstance(again, StrideNet)
     assert len(run.predictions) == len(data.rows("val")) + len(data.rows("test"))
     with pytest.raises(BadInput, match="no ImageNet weights for StrideNet"):
-        dsnet.student(data=data, network=name, weights="imagenet", image_size=SIZE)
+        dsnet.student(data=data, network=name, weights="imagenet", image_size=SIZE).student()
 
 
 def test_pretraining_and_unet_take_it_as_a_backbone(tmp_path: Path) -> None:

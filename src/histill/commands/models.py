@@ -8,7 +8,7 @@ from typing import Literal
 
 from histill.commands import Count, Seconds, app, show
 
-Format = Literal["onnx", "torchscript", "qupath"]
+Format = Literal["onnx", "openvino", "torchscript", "qupath"]
 
 
 @app.command
@@ -89,7 +89,7 @@ def predict(
     """Class and probabilities of every image in a folder.
 
     Args:
-        model: a run, an .onnx or a TorchScript file, or the folder of an export with early exit.
+        model: a run, an .onnx, OpenVINO's .xml or a TorchScript file, or the folder of an export with early exit.
         images: an image, a folder (searched through) or a CSV manifest with a column path.
         out: a .csv or .parquet file.
         batch_size: images at once.
@@ -117,9 +117,10 @@ def export(
 
     Args:
         run: a run folder.
-        format: onnx, torchscript, or qupath (the folder that QuPath's WSInfer extension loads).
+        format: onnx, openvino (an .xml with its .bin), torchscript, or qupath (the folder that QuPath's WSInfer
+            extension loads).
         out: the file or folder (default: beside the run's weights).
-        int8: also a static int8 ONNX file, calibrated on validation images.
+        int8: also a static int8 file, ONNX or OpenVINO, calibrated on validation images.
         early_exit: accuracy (a share, such as 0.01) that may be lost on validation where images leave a network with
             exits at the first that is sure; writes a folder with an ONNX file per exit.
         mpp: microns per pixel of the training images, which qupath needs.
@@ -145,7 +146,7 @@ def bench(
     ``histill bench read SLIDE`` times the reading of a slide beside OpenSlide's.
 
     Args:
-        models: runs, .onnx or TorchScript files; or the word read and a slide.
+        models: runs, .onnx, .xml or TorchScript files; or the word read and a slide.
         out: a folder for summary.json.
         batch_size: images at once, beside single images.
         seconds: how long each model is timed, warm-up apart.

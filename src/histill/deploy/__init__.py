@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from histill.deploy.deliver import Exported, bench, export
 from histill.deploy.formats import check_parity, to_onnx, to_qupath, to_torchscript
+from histill.deploy.openvino import OpenVinoPredictor, to_openvino
 from histill.deploy.predictor import (
     OnnxPredictor,
     Prediction,
@@ -20,6 +21,7 @@ from histill.deploy.timing import efficiency, latency, peak_memory
 __all__ = [
     "Exported",
     "OnnxPredictor",
+    "OpenVinoPredictor",
     "Prediction",
     "Predictor",
     "TorchPredictor",
@@ -35,6 +37,7 @@ __all__ = [
     "predict_folder",
     "quantize",
     "to_onnx",
+    "to_openvino",
     "to_qupath",
     "to_torchscript",
 ]

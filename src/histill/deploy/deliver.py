@@ -16,6 +16,8 @@ from histill.data.decode import load
 from histill.data.images import Images
 from histill.deploy.early_exit import open_exits, to_exits
 from histill.deploy.formats import check_parity, to_onnx, to_qupath, to_torchscript
+from histill.deploy.model_card import write_card
+from histill.deploy.openvino import to_openvino
 from histill.deploy.predictor import Leaving, Predictor, TorchPredictor, open_model
 from histill.deploy.quantize import quantize
 from histill.deploy.timing import efficiency, latency, peak_memory
@@ -61,26 +63,28 @@ def export(
     run: Run | str | Path,
     out: str | Path | None = None,
     *,
-    format: Literal["onnx", "torchscript", "qupath"] = "onnx",
+    format: Literal["onnx", "openvino", "torchscript", "qupath"] = "onnx",
     int8: bool = False,
     early_exit: float | None = None,
     mpp: float | None = None,
     code: Path | None = None,
 ) -> Exported:
-    """Write a run's network for deployment and check it on real validation images.
+    """Write a run's network for deployment, check it on real validation images, and put a model card beside it.
 
     Args:
         run: a run or its folder.
-        out: the file or folder to write (default: ``model.onnx``, ``model.pt``, ``qupath/`` or ``exits/`` in the run).
-        format: ``onnx``, ``torchscript``, or ``qupath``: the folder that QuPath's WSInfer extension loads.
-        int8: also a static int8 ONNX file beside the other, calibrated on validation images.
+        out: the file or folder to write (default: ``model.onnx``, ``model.xml``, ``model.pt``, ``qupath/`` or
+            ``exits/`` in the run).
+        format: ``onnx``, ``openvino`` (an ``.xml`` with its ``.bin``), ``torchscript``, or ``qupath``: the folder that
+            QuPath's WSInfer extension loads.
+        int8: also a static int8 file beside the other, calibrated on validation images.
         early_exit: of a network with exits, an ONNX file per exit segment, and the threshold at which an image leaves:
             the lowest that loses at most this share of accuracy on validation (`histill.evaluate.early_exit`).
         mpp: microns per pixel of the images that the network was trained on; ``qupath`` needs it.
         code: the Python file of a network that is not Histill's.
 
     Raises:
-        BadInput: no finished run, ``qupath`` without ``mpp``, ``int8`` of another format than ``onnx``, ``early_exit``
+        BadInput: no finished run, ``qupath`` without ``mpp``, ``int8`` as TorchScript, ``early_exit``
             of a network without exits or with another format or int8.
         Failed: the logits differ from the run's by more than 1e-3; the file is
             removed.
@@ -90,32 +94,43 @@ def export(
         raise BadInput(
             f"{run.path} outlines, and QuPath's WSInfer extension classifies tiles; take --format torchscript"
         )
-    if int8 and format != "onnx":
-        raise BadInput("--int8 goes with --format onnx")
+    if int8 and format not in ("onnx", "openvino"):
+        raise BadInput("--int8 goes with --format onnx or openvino")
     if early_exit is not None:
         if int8 or format != "onnx":
             raise BadInput("--early-exit goes with --format onnx and without --int8")
-        return Exported({"exits": _export_exits(run, Path(out or run.path / "exits"), early_exit, mpp)})
-    names = {"onnx": "model.onnx", "torchscript": "model.pt", "qupath": "qupath"}
+        folder = Path(out or run.path / "exits")
+        exits = {"exits": _export_exits(run, folder, early_exit, mpp)}
+        write_card(run, folder, exits, mpp=mpp)
+        return Exported(exits)
+    names = {"onnx": "model.onnx", "openvino": "model.xml", "torchscript": "model.pt", "qupath": "qupath"}
     path = Path(out) if out is not None else run.path / names[format]
     network = run.network()
     kind: dict[str, Any] = {"image_size": run.image_size, "classes": run.classes, "mpp": mpp}
     val = _images(run, "val", _CHECKED)
-    if format == "qupath":
-        to_qupath(network, path, architecture=run.info["network"]["function"].rsplit(":")[-1], **kind)
-        model = path / "torchscript_model.pt"
-    elif format == "torchscript":
-        model = to_torchscript(network, path, extra=_provenance(run), **kind)
-    else:
-        model = to_onnx(network, path, extra=_provenance(run), **kind)
-    files: dict[str, dict[str, Any]] = {format: {"path": str(path), **check_parity(network, model, val)}}
-    files[format] |= _accuracy(run, open_model(model))
-    if int8:
-        small = path.with_name(f"{path.stem}.int8.onnx")
-        quantize(model, small, _batches(run, "val", _CALIBRATION))
-        predictor = open_model(small)
-        apart = np.abs(predictor.logits(val) - TorchPredictor(network, run.classes, run.image_size).logits(val)).max()
-        files["int8"] = {"path": str(small), "max_abs_diff": float(apart), **_accuracy(run, predictor)}
+    openvino = format == "openvino"
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch, "plain.onnx") if openvino else path
+        if format == "qupath":
+            to_qupath(network, path, architecture=run.info["network"]["function"].rsplit(":")[-1], **kind)
+            model = path / "torchscript_model.pt"
+        elif format == "torchscript":
+            model = to_torchscript(network, path, extra=_provenance(run), **kind)
+        else:
+            model = to_onnx(network, plain, extra=_provenance(run), **kind)
+            model = to_openvino(plain, path) if openvino else model
+        files: dict[str, dict[str, Any]] = {format: {"path": str(path), **check_parity(network, model, val)}}
+        files[format] |= _accuracy(run, open_model(model))
+        if int8:
+            small = path.with_name(f"{path.stem}.int8{path.suffix}")
+            rounded = quantize(
+                plain, Path(scratch, "int8.onnx") if openvino else small, _batches(run, "val", _CALIBRATION)
+            )
+            predictor = open_model(to_openvino(rounded, small) if openvino else rounded)
+            ours = TorchPredictor(network, run.classes, run.image_size).logits(val)
+            apart = float(np.abs(predictor.logits(val) - ours).max())
+            files["int8"] = {"path": str(small), "max_abs_diff": apart, **_accuracy(run, predictor)}
+    write_card(run, path, files, mpp=mpp)
     return Exported(files)
 
 
@@ -157,6 +172,7 @@ def deliver(out: Path, student: Run, teacher: Run | None) -> dict[str, Any]:
             models = {"teacher": (large, to_onnx(large, Path(folder) / "teacher.onnx", **kind)), **models}
         with progress("timing", 80, "rounds") as bar:
             costs = efficiency(models, repeats=40, seconds=10.0, progress=bar.advance)
+    write_card(student, out / "student.onnx", files, efficiency=costs)
     return {"export": files, "efficiency": costs}
 
 
