@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from histill.errors import BadInput
-from histill.evaluate.intervals import figures_with_intervals, paired_gain
+from histill.evaluate.delong import delong
+from histill.evaluate.intervals import Judged, figures_with_intervals, paired_gain
 from histill.evaluate.judge import scores_of
+from histill.evaluate.metrics import Scores
+from histill.evaluate.multiplicity import comparisons
 from histill.evaluate.report import shown, shown_gain
 from histill.run import Run
 
@@ -23,7 +27,8 @@ class Comparison:
 
     Attributes:
         summary: ``{"split", "runs": {name: {metric: figure}}, "gain": {name: {metric: figure, "mcnemar_p"}}}``; a gain
-            is a run minus the first one, on the same images.
+            is a run minus the first one, on the same images. Of two classes also ``"delong"``, by name: the difference
+            of AUROC by `histill.evaluate.delong.delong`.
     """
 
     summary: dict[str, Any]
@@ -39,8 +44,13 @@ class Comparison:
             p = f": McNemar p = {gain['mcnemar_p']:.3g}" if "mcnemar_p" in gain else ""
             lines.append(f"\n{name} minus {first}, paired{p}")
             lines += [f"  {metric.replace('_', ' '):20}{shown_gain(metric, gain[metric])}" for metric in shown_here]
-        if len(gains) > 1:
-            lines.append(f"\n{len(gains)} comparisons: the intervals and p values are not corrected for their number")
+            if (test := self.summary["delong"].get(name)) and test["p"] is not None:
+                low, high = (f"{test[key]:+.3f}" for key in ("low", "high"))
+                lines.append(f"  {'AUROC, DeLong':20}{test['difference']:+.3f} ({low} to {high}), p = {test['p']:.3g}")
+        each = {
+            f"{name}: {metric.replace('_', ' ')}": g[metric]["p"] for name, g in gains.items() for metric in shown_here
+        }
+        lines.append(f"\n{comparisons(each)}")
         return "\n".join(lines)
 
 
@@ -76,8 +86,16 @@ def compare(*runs: Run | str | Path, split: str = "test") -> Comparison:
             "split": split,
             "runs": {name: figures_with_intervals(s) for name, s in zip(called, found)},
             "gain": {name: paired_gain(found[0], s) for name, s in zip(called[1:], found[1:])},
+            "delong": {name: t for name, s in zip(called[1:], found[1:]) if (t := _delong(found[0], s))},
         }
     )
+
+
+def _delong(a: Judged, b: Judged) -> dict[str, float | None] | None:
+    """Of two classes, both of which have images; what is not defined is None."""
+    if not (isinstance(a, Scores) and isinstance(b, Scores)) or a.classes != 2 or len(a.present) < 2:
+        return None
+    return {name: value if math.isfinite(value) else None for name, value in asdict(delong(a, b)).items()}
 
 
 def _images(run: Run, split: str) -> list[tuple[str, ...]]:

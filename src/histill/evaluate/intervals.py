@@ -38,7 +38,6 @@ __all__ = [
     "Figure",
     "figures_over_seeds",
     "figures_with_intervals",
-    "holm",
     "mcnemar",
     "paired_gain",
     "per_class_table",
@@ -151,15 +150,6 @@ def mcnemar(a: Scores, b: Scores) -> float:
     a_right, b_right = a.predictions == a.labels, b.predictions == b.labels
     only_a, only_b = int((a_right & ~b_right).sum()), int((b_right & ~a_right).sum())
     return float(binomtest(only_a, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down p values (1979), in the order given: any false one of them is below 0.05 in 5 % of cases."""
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(np.asarray(p, float)[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return [float(value) for value in adjusted]
 
 
 def per_class_table(

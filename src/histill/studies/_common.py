@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 from histill.evaluate.intervals import Judged, figures_over_seeds, paired_gain
 from histill.evaluate.judge import scores_of
 from histill.evaluate.metrics import METRICS, Scores
+from histill.evaluate.multiplicity import comparisons
 from histill.evaluate.report import Section, Table, share, write_report
 from histill.experiment import Experiment
 from histill.files import write_json
 from histill.loop import train
 from histill.run import Run
 
-__all__ = ["Study", "seconds", "text"]
+__all__ = ["Study", "comparison_note", "seconds", "text"]
 
 
 @dataclass
@@ -65,6 +66,11 @@ class Study:
         write_report(self.out / "report.html", title=title, answer=answer, sections=sections)
         tables = [text(section) for section in sections if isinstance(section, Table)]
         return "\n\n".join([*tables, answer, f"report: {self.out / 'report.html'}"])
+
+
+def comparison_note(gains: Mapping[str, Mapping[str, Any]], metric: str = "accuracy") -> str:
+    """The line under a table of differences: how many there are, and which remain with Holm's correction."""
+    return comparisons({name: gain[metric]["p"] for name, gain in gains.items()}, metric.replace("_", " "))
 
 
 def seconds(runs: Sequence[Run]) -> float:

@@ -20,7 +20,7 @@ from histill.evaluate.metrics import per_class, roc_curve
 from histill.evaluate.report import Picture, Section, Table, difference, share
 from histill.recipes import dsnet
 from histill.run import Run
-from histill.studies._common import Study, seconds
+from histill.studies._common import Study, comparison_note, seconds
 
 __all__ = ["PAPER", "study"]
 
@@ -167,8 +167,7 @@ def _report(
             ],
         ],
         "Table 1: temperature",
-        f"Best on validation: {best}. {len(gains)} comparisons, not corrected for their number. "
-        "'notebook' is what the published notebooks compute.",
+        f"Best on validation: {best}. {comparison_note(gains)} 'notebook' is what the published notebooks compute.",
     )
     students = [n for n in PAPER["students"] if n in networks] + [n for n in networks if n not in PAPER["students"]]
     costs = _costs(made, ["teacher", *students])

@@ -19,7 +19,7 @@ from histill.evaluate.intervals import figures_over_seeds, paired_gain, per_clas
 from histill.evaluate.metrics import Scores, confusion
 from histill.evaluate.report import Picture, Section, Table, Text, difference, share
 from histill.recipes import kd_convnext
-from histill.studies._common import Study
+from histill.studies._common import Study, comparison_note
 
 __all__ = ["PAPER", "study"]
 
@@ -238,7 +238,7 @@ def _table_2(rows: Sequence[str], test: dict[str, Any], gains: dict[str, Any]) -
         "Table 2: what each half of the distillation brings",
         "Mean over the repeats (95 % interval over patients and repeats) ± standard deviation over the repeats. The "
         "paper's F1 is that of the means. Differences are paired within each repeat. Repeats share images, so that "
-        "their spread is less than that of independent studies (Nadeau and Bengio 2003).",
+        "their spread is less than that of independent studies (Nadeau and Bengio 2003). " + comparison_note(gains),
     )
 
 

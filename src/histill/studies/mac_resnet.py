@@ -22,7 +22,7 @@ from histill.evaluate.report import Picture, Section, Table, difference, share
 from histill.models.mac_resnet import attention_mask, mean_crop
 from histill.recipes import mac_resnet
 from histill.run import Run
-from histill.studies._common import Study
+from histill.studies._common import Study, comparison_note
 
 __all__ = ["PAPER", "study"]
 
@@ -244,7 +244,8 @@ def _distilled(made: Study, test: Mapping[str, Any], gains: Mapping[str, Any]) -
         ],
         "Distillation (not in the paper)",
         f"Test images, {len(made.seeds)} seed{'s' * (len(made.seeds) > 1)}, a teacher for each. With Eq. 5 the student "
-        "also sees the crops; Eq. 4 alone shows what the teacher's word is worth without them.",
+        "also sees the crops; Eq. 4 alone shows what the teacher's word is worth without them. "
+        + comparison_note(gains),
     )
 
 

@@ -23,7 +23,7 @@ from histill.evaluate.report import Picture, Section, Table, difference, share
 from histill.progress import notice
 from histill.recipes import methods as recipes
 from histill.run import Run
-from histill.studies._common import Study
+from histill.studies._common import Study, comparison_note
 from histill.teachers import Ensemble, Keyed, as_teacher
 
 __all__ = ["PAPER", "PROTOCOLS", "study"]
@@ -209,7 +209,7 @@ def _report(
             columns.append("published")
             for method, row in zip(methods, cells, strict=True):
                 row.append(f"{published[method]:.2f} %" if method in published else "-")
-        sections.append(Table(columns, cells, f"{network}, test images", _note(made, kinds, len(methods) - 1)))
+        sections.append(Table(columns, cells, f"{network}, test images", _note(made, kinds, gains["last"])))
         path = made.out / "figures" / f"{network.replace('/', '_')}.png"
         shown = {m: g["accuracy"] for m, g in gains["last"].items()}
         figures.gain(shown, path, title=f"{network}: accuracy minus plain KD, last epoch")
@@ -243,13 +243,13 @@ def _cells(found: dict[str, Any], gain: dict[str, Any] | None) -> list[object]:
     ]
 
 
-def _note(made: Study, kinds: Sequence[str], comparisons: int) -> str:
+def _note(made: Study, kinds: Sequence[str], gains: dict[str, Any]) -> str:
     chosen = "" if "chosen" in kinds else " There are no validation images: the last epoch is all there is."
     return (
         f"Mean over {len(made.seeds)} seed{'s' * (len(made.seeds) > 1)}, 95 % intervals over patients (or images) and "
         "seeds, SD between seeds in points. Differences are paired: same images, same seed. "
-        f"{comparisons} comparisons with kd, not corrected for their number: one in twenty intervals leaves out zero "
-        "where there is nothing. Time: the median epoch after the teacher's answers are kept, times the epochs; "
+        f"With kd, last epoch: {comparison_note(gains)} "
+        "Time: the median epoch after the teacher's answers are kept, times the epochs; "
         f"asking once is shared by the methods that need logits and pooled features.{chosen}"
     )
 

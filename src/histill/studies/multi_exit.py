@@ -24,7 +24,7 @@ from histill.evaluate.report import Picture, Section, Table, difference, share
 from histill.experiment import Experiment
 from histill.recipes import multi_exit
 from histill.run import Run
-from histill.studies._common import Study
+from histill.studies._common import Study, comparison_note
 
 __all__ = ["PAPER", "study"]
 
@@ -299,7 +299,7 @@ def _three(test: dict[str, Any], gains: dict[str, Any]) -> Table:
         [[_title(n), _percent(paper.get(n)), share(test[n]["accuracy"])] for n in rows],
         "Table 3: transfer, distillation, self-distillation",
         f"Multi-exit with KD and SD against the plain network: "
-        f"{difference(gains['ours over resnet18']['accuracy'])}.{missing}",
+        f"{difference(gains['ours over resnet18']['accuracy'])}.{missing} {comparison_note(gains)}",
     )
 
 

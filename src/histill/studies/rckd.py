@@ -21,6 +21,7 @@ from histill.distill import read_parts
 from histill.errors import BadInput
 from histill.evaluate import figures
 from histill.evaluate.cost import macs
+from histill.evaluate.multiplicity import comparisons
 from histill.evaluate.outlines import outlines
 from histill.evaluate.report import Picture, Section, Table, Text, difference, share
 from histill.experiment import Experiment
@@ -369,9 +370,14 @@ def _table(work: _Work, table: str, summary: dict[str, Any]) -> Table:
     columns = [c for name, d in work.sets.items() for c in (f"{name}, {_metric(d)}", "minus random")]
     note = (
         f"Mean of {len(work.made.seeds)} fine-tunings (95 % interval over patients and repeats), differences paired. "
-        f"Paper: {', '.join(_COLUMNS)}."
+        f"Paper: {', '.join(_COLUMNS)}. {_compared(work, pairs, summary['gain'])}"
     )
     return Table(["backbone", "pretraining", *columns, "paper"], cells, heading, note)
+
+
+def _compared(work: _Work, pairs: Sequence[tuple[str, str]], gains: dict[str, Any]) -> str:
+    rows = {f"{m}-{n}-{name}": _metric(data) for m, n in pairs for name, data in work.sets.items()}
+    return comparisons({row: gains[row][metric]["p"] for row, metric in rows.items() if row in gains})
 
 
 def _pictures(work: _Work, summary: dict[str, Any]) -> list[Section]:
