@@ -55,7 +55,7 @@ def members(module: str) -> str:
     lines = []
     for name in found.__all__:
         value = getattr(found, name)
-        if inspect.ismodule(value):
+        if inspect.ismodule(value) or isinstance(value, tuple):
             continue
         if inspect.isclass(value):
             again = ["   :no-index:"] if module != "histill" and name in histill.__all__ else []
