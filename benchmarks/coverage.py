@@ -5,8 +5,9 @@
 Every repeat draws patients of several images each (2 to 8; the latent scores of one patient's images are correlated by
 a half), asks Histill for its intervals, and looks whether they hold the figure that 60,000 patients give.
 "percentile" is the usual bootstrap interval of the same draws: the 2.5th and 97.5th percentiles, seeds drawn too.
-Results go to benchmarks/results/coverage.{json,txt,png} and docs/images/coverage.png; about 20 minutes of one core.
-It goes on where it stopped: remove the JSON file for another run. 1,000 repeats tell coverage to 1.4 points (two standard errors). --only does one part and prints it.
+Results go to benchmarks/results/coverage.{json,txt,png} and docs/images/coverage.png; about 20 minutes of one core. It
+goes on where it stopped: remove the JSON file for another run. 1,000 repeats tell coverage to 1.4 points (two standard
+errors). --only does one part and prints it.
 """
 
 from __future__ import annotations
