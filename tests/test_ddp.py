@@ -21,6 +21,7 @@ from tiny import Counting, Normed, both, experiment, no_page, table
 from torch.nn import functional as F
 
 import histill as hs
+from histill.cli import run
 from histill.data import Images
 from histill.experiment import Experiment
 from histill.machine import _processes
@@ -211,6 +212,24 @@ def test_who_started_the_processes(
         monkeypatch.setenv(name, value)
     world, local, environment = _processes()
     assert (world, local, type(environment).__name__) == found
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["distill", "dsnet", "--data", "x"], "histill train"),
+        (["cache", "dsnet.student", "--data", "x"], "histill train"),
+        (["train", "dsnet.student", "--slides", "x.svs", "--masks", "y"], "histill tiles"),
+    ],
+)
+def test_what_many_processes_cannot_share_is_refused(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, name: str, arguments: list[str], said: str
+) -> None:
+    monkeypatch.setenv(name, "2")
+    assert run([*arguments, *(["--out", str(tmp_path / "out")] if arguments[0] != "cache" else [])]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def cache_command(name: str) -> Any:
         "threads": (int | None, None, "with --ray the cores of each worker (default: 1)."),
     }
     flags = merged(
-        common("device", *(("data", *SPLIT) if labelled else ())),
+        common("device", "precision", *(("data", *SPLIT) if labelled else ())),
         signature_flags(function, *(() if labelled else (WORDS,))),
         extra,
     )
@@ -48,4 +48,4 @@ def _cache(function: Callable[..., Any], flags: Any, values: dict[str, Any]) -> 
     if values[needed] is None:
         raise BadInput(LACKING[needed])
     experiment, own = experiment_of(function, values)
-    print(fill(experiment, device=own["device"], ray=own["ray"], threads=own["threads"]))  # noqa: T201
+    print(fill(experiment, device=own["device"], precision=own["precision"], ray=own["ray"], threads=own["threads"]))  # noqa: T201

@@ -11,6 +11,7 @@ import io
 import os
 import secrets
 import socket
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -33,52 +34,63 @@ def joined(address: str) -> Iterator[Any]:
     """Ray, connected to a cluster; one that is connected already is taken as it is, and left so.
 
     Args:
-        address: ``HOST:PORT``, or ``auto``: the cluster that ``ray start`` or ``RAY_ADDRESS`` made known here,
-            otherwise one of this machine's cores, for as long as the block lasts.
+        address: ``HOST:PORT``, or ``auto``: that of ``RAY_ADDRESS`` where it is set, otherwise a cluster of this
+            machine's cores, for as long as the block lasts. What else runs on this machine is not looked for: it may be
+            another command's own.
 
     Raises:
         BadInput: Ray is not installed, or nothing answers there.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a warning of what is to come
-    ray = require("ray", "cluster")
-    if ray.is_initialized():
-        yield ray
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield sys.modules["ray"]
         return
-    passed = {name: os.environ[name] for name in ("HISTILL_CACHE", "HF_HOME", "TORCH_HOME") if name in os.environ}
-    options = {
-        "runtime_env": {"env_vars": passed | {"HISTILL_QUIET": "1", "RANK": "0"}},  # a worker is no part of a training
-        "log_to_driver": False,
-        "logging_level": "error",
-    }
     if address == "auto":
-        try:
-            ray.init(address="auto", **options)
-        except ConnectionError:
-            _begin(ray, options)
-    else:
+        address = os.environ.get("RAY_ADDRESS", "")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    passed = {name: os.environ[name] for name in ("HISTILL_CACHE", "HF_HOME", "TORCH_HOME") if name in os.environ}
+    options["runtime_env"] = {"env_vars": passed | {"HISTILL_QUIET": "1", "RANK": "0"}}  # RANK: of no training
+    if address:
         _check(address)
+        options["address"] = address
+    elif "ray" in sys.modules and not _read:
+        raise BadInput("--ray auto: Ray was imported before, without a token; call ray.init() first, and it is used")
+    else:
+        options |= {"address": "local", "include_dashboard": False}
+    with _environment(_QUIET if address else _QUIET | _PRIVATE):  # Ray reads it when it is imported
+        ray = require("ray", "cluster")
+        if not address:
+            _read.append(True)
         try:
-            ray.init(address=address, **options)
+            ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise BadInput(f"--ray {address}: {str(error).strip().splitlines()[0]}") from None
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+            raise BadInput(f"--ray {address or 'auto'}: {str(error).strip().splitlines()[0]}") from None
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
-def _begin(ray: Any, options: dict[str, Any]) -> None:
-    """A cluster of this machine, which nobody else reaches."""
-    private = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: on the loopback address
-    }
-    before = {name: os.environ.get(name) for name in private}
-    os.environ |= private
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # it would warn of what is to come
+}
+_PRIVATE = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # one for the process, as Ray reads it once
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: on the loopback address
+}
+
+
+_read: list[bool] = []
+"""Whether Ray was imported with `_PRIVATE`."""
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
     try:
-        ray.init(address="local", include_dashboard=False, **options)
+        yield
     finally:
         for name, value in before.items():
             if value is None:

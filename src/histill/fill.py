@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from numpy.typing import NDArray
 
 from histill.data.images import Images
@@ -23,7 +24,7 @@ from histill.data.views import Augment
 from histill.errors import BadInput, HistillError
 from histill.experiment import Experiment
 from histill.loop import _joined, _teacher
-from histill.machine import find_device
+from histill.machine import at_speed, launch
 from histill.progress import progress
 from histill.teachers import Cached, Keyed, bound
 
@@ -44,10 +45,18 @@ class _Question:
     augment: Augment
     seed: int
     device: str
+    precision: str
     outputs: tuple[str, ...]
 
 
-def fill(experiment: Experiment, *, device: str = "auto", ray: str | None = None, threads: int | None = None) -> Path:
+def fill(
+    experiment: Experiment,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    ray: str | None = None,
+    threads: int | None = None,
+) -> Path:
     """Ask an experiment's teacher about every view that its training will show, and keep the answers.
 
     Training with the same teacher, images and views reads them; it may run elsewhere, where it sees the same cache
@@ -56,6 +65,7 @@ def fill(experiment: Experiment, *, device: str = "auto", ray: str | None = None
     Args:
         experiment: as for `histill.train`.
         device: where the teacher computes.
+        precision: as training will have it, since a teacher answers accordingly.
         ray: a cluster that shares the batches among its workers (``auto`` or ``HOST:PORT``; `histill.cluster`).
         threads: with ``ray`` the cores of each worker (default: one).
 
@@ -70,8 +80,9 @@ def fill(experiment: Experiment, *, device: str = "auto", ray: str | None = None
         raise BadInput("nothing to keep: the student learns alone; give --teacher")
     data = experiment.data if experiment.unlabelled is None else _joined(experiment.data, experiment.unlabelled)
     packed = pack(data, experiment.image_size, strict=experiment.strict)
-    where = find_device(device)
-    cached = _teacher(experiment, packed, where)
+    fabric = launch(device, precision, (), Path())
+    with at_speed(fabric):
+        cached = _teacher(experiment, packed, fabric.device)
     if not isinstance(cached, Cached):
         raise BadInput(
             "nothing to keep: every epoch shows new views, or the teacher's answers lie on disk; give --views"
@@ -88,6 +99,7 @@ def fill(experiment: Experiment, *, device: str = "auto", ray: str | None = None
         experiment.augment,
         experiment.seed,
         device,
+        precision,
         cached.outputs,
     )
     try:
@@ -100,8 +112,8 @@ def fill(experiment: Experiment, *, device: str = "auto", ray: str | None = None
 
 
 def _alone(question: _Question, pieces: list[_Piece]) -> Iterator[tuple[_Piece, Answer]]:
-    ask = _asker(question)
-    with progress("asking the teacher", sum(len(rows) for _, rows in pieces)) as bar:
+    ask, fabric = _asker(question)
+    with at_speed(fabric), progress("asking the teacher", sum(len(rows) for _, rows in pieces)) as bar:
         for piece in pieces:
             yield piece, ask(piece)
             bar.advance(len(piece[1]))
@@ -113,7 +125,7 @@ def _spread(
     from histill.cluster import spread
 
     names = [f"view {view} of images {rows[0]} to {rows[-1]}" for view, rows in pieces]
-    make = partial(_asker, question)
+    make = partial(_worker, question)
     options: dict[str, Any] = {"cpus": threads, "gpu": question.device != "cpu"}
     for number, said in spread(
         make, pieces, ray=ray, what="asking the teacher", unit="batches", names=names, **options
@@ -123,18 +135,29 @@ def _spread(
         yield pieces[number], said
 
 
-def _asker(question: _Question) -> Callable[[_Piece], Answer]:
-    """The teacher over its images, as each process makes it once."""
+def _worker(question: _Question) -> Callable[[_Piece], Answer]:
+    """What a worker of a cluster does."""
+    ask, fabric = _asker(question)
+
+    def asked(piece: _Piece) -> Answer:
+        with at_speed(fabric):
+            return ask(piece)
+
+    return asked
+
+
+def _asker(question: _Question) -> tuple[Callable[[_Piece], Answer], Fabric]:
+    """The teacher over its images, as each process makes it once, and the machine that it runs on."""
     packed = pack(question.images, question.image_size, strict=question.strict)
-    teacher, device = bound(question.teacher, packed.images), find_device(question.device)
+    teacher, fabric = bound(question.teacher, packed.images), launch(question.device, question.precision, (), Path())
+    kind: dict[str, Any] = {"augment": question.augment, "seed": question.seed, "device": fabric.device}
 
     def ask(piece: _Piece) -> Answer:
         views, ids = _named(piece)
-        batch = packed.batch(ids, torch.from_numpy(views), augment=question.augment, seed=question.seed, device=device)
-        said = teacher(batch)
+        said = teacher(packed.batch(ids, torch.from_numpy(views), **kind))
         return {name: said[name].cpu().numpy() for name in question.outputs}
 
-    return ask
+    return ask, fabric
 
 
 def _named(piece: _Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -35,6 +35,8 @@ def recipe_command(tokens: list[str], what: str) -> tuple[str, Any]:
 
         there = studies() if verb == "study" else recipes()
         raise BadInput(f"histill {verb} needs a {_kind(verb)}: {', '.join(there)}, or file.py:function")
+    if verb != "train" and _processes() > 1:
+        raise BadInput(f"histill {verb} is one process; of what torchrun and srun start in many there is histill train")
     from histill.caching import cache_command
 
     builders = {
@@ -44,6 +46,11 @@ def recipe_command(tokens: list[str], what: str) -> tuple[str, Any]:
         "cache": cache_command,
     }
     return verb, builders[verb](name)
+
+
+def _processes() -> int:
+    """How many ``torchrun`` or ``srun`` started together."""
+    return max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
 
 
 def _kind(verb: str) -> str:
@@ -120,6 +127,10 @@ def _cut(out: Path, values: dict[str, Any]) -> None:
         if values["masks"]:
             raise BadInput(f"--masks {values['masks']}: of which --slides?")
         return
+    if _processes() > 1:
+        raise BadInput(
+            "--slides: they would be cut by every process; cut them with histill tiles before, and give --data"
+        )
     replaced = "data" if values["masks"] else "unlabelled"
     made = out / "patches" / ("manifest.csv" if values["masks"] else "")
     if values.get(replaced) is not None:
