@@ -323,11 +323,9 @@ def test_the_loss_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 check(**{"name": "hellinger"} | ({} if dtype is None else {"dtype": dtype}))
                 ran += 1
     assert ran >= 12
-    # By hand: one image, two classes, logits 0 and ln 9 against even ones: 1 - (sqrt(0.1) + sqrt(0.9)) / sqrt(2).
-    said = module.hellinger(
-        torch.tensor([[0.0, 9.0]]).log1p() * 0 + torch.tensor([[0.0, 2.1972246]]), torch.zeros(1, 2), temperature=1
-    )
-    assert abs(float(said) - (1 - (0.1**0.5 + 0.9**0.5) / 2**0.5)) < 1e-6
+    # By hand: one image of p = (0.1, 0.9) against (0.5, 0.5): 1 - (sqrt(0.05) + sqrt(0.45)).
+    said = module.hellinger(torch.tensor([[1.0, 9.0]]).log(), torch.zeros(1, 2), temperature=1)
+    assert abs(float(said) - (1 - 0.05**0.5 - 0.45**0.5)) < 1e-6
 
 
 def test_the_recipe_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,7 +320,8 @@ def _bytes(number: float) -> str:
 def _exported(exported: Path, name: str, found: Mapping[str, Any]) -> list[str]:
     path = Path(found["path"])
     path = path if path.exists() else exported.parent / path.name
-    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    parts = path.rglob("*") if path.is_dir() else (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
+    size = sum(p.stat().st_size for p in parts if p.is_file() and p.name != "model_card.md")
     accuracy = f"{100 * found['accuracy']:.1f} %" if "accuracy" in found else "-"
     lost = f"{100 * found['accuracy_lost']:+.1f} points" if "accuracy_lost" in found else "-"
     return [f"`{_code(path.name)}` ({name})", _bytes(size), f"{found['max_abs_diff']:.2g}", accuracy, lost]
