@@ -1,12 +1,12 @@
 """How often a 95 % interval holds the truth, on simulated patients whose truth is known.
 
-    python benchmarks/coverage.py [--repeats 1000] [--only WHAT]
+    python benchmarks/coverage.py [--repeats 500] [--only WHAT]
 
 Every repeat draws patients of several images each (2 to 8; the latent scores of one patient's images are correlated by
 a half), asks Histill for its intervals, and looks whether they hold the figure that 60,000 patients give.
 "percentile" is the usual bootstrap interval of the same draws: the 2.5th and 97.5th percentiles, seeds drawn too.
-Results go to benchmarks/results/coverage.{json,txt,png} and docs/images/coverage.png; about 20 minutes of one core. It
-goes on where it stopped: remove the JSON file for another run. 1,000 repeats tell coverage to 1.4 points (two standard
+Results go to benchmarks/results/coverage.{json,txt,png} and docs/images/coverage.png; about 10 minutes of one core. It
+goes on where it stopped: remove the JSON file for another run. 500 repeats tell coverage to 2 points (two standard
 errors). --only does one part and prints it.
 """
 
@@ -225,7 +225,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=500)
     parser.add_argument("--only", help="a part's name begins so")
     chosen = parser.parse_args()
     done = RESULTS / "coverage.json"

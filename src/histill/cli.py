@@ -11,13 +11,14 @@ import cyclopts
 
 from histill.commands import app
 from histill.commands import data as _data
+from histill.commands import doctor as _doctor
 from histill.commands import models as _models
 from histill.commands import slides as _slides
 from histill.errors import HistillError, printable
 
 __all__ = ["main"]
 
-_REGISTERED = (_data, _models, _slides)
+_REGISTERED = (_data, _doctor, _models, _slides)
 Interrupted = 130
 _BAD_PATH = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
