@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
+from histill.data.decode import FORMATS
 from histill.data.images import Images
 from histill.data.packed import Packed
 from histill.errors import BadInput
@@ -100,7 +101,7 @@ def trained_mpp(images: Images, size: int) -> float | None:
     known = set(images.frame["mpp"])
     if len(known) != 1 or not (said := known.pop()):
         return None
-    with Image.open(images.paths()[0]) as picture:
+    with Image.open(images.paths()[0], formats=FORMATS) as picture:
         return float(said) * picture.width / size
 
 

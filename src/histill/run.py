@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from safetensors import safe_open
 from torch import nn
 
 from histill.data.images import Images
@@ -124,6 +126,8 @@ class Run:
                 f"{self.path}: no model.safetensors yet (status: {self.info['status']}); finish it with --resume"
             )
         try:
+            if self.info["network"]["function"].startswith("histill."):
+                _check_sizes(self.build, file)
             network = self.build()
             network.load_state_dict(load_file(file))
         except HistillError:
@@ -131,6 +135,16 @@ class Run:
         except Exception as error:  # noqa: BLE001 - safetensors and torch raise many kinds
             raise BadInput(f"{file}: does not fit the network of run.json ({str(error).splitlines()[0]})") from None
         return network.eval()
+
+
+def _check_sizes(build: Callable[[], nn.Module], file: Path) -> None:
+    """Raise where the weights do not fit, before memory is set aside for a network as large as a run likes to say."""
+    with safe_open(file, "pt") as weights:
+        there = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    with torch.device("meta"):
+        needed = {name: tuple(value.shape) for name, value in build().state_dict().items()}
+    if differ := [name for name in needed if there.get(name) != needed[name]]:
+        raise ValueError(f"{differ[0]} is {there.get(differ[0])} in it, and {needed[differ[0]]} in the network")
 
 
 def read_log(folder: Path) -> pd.DataFrame:

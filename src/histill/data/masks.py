@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from histill.data.decode import EXTENSIONS
+from histill.data.decode import EXTENSIONS, FORMATS
 from histill.data.images import (
     COLUMNS,
     Images,
@@ -131,7 +131,7 @@ def _see(root: Path, frame: pd.DataFrame, row: int) -> _Seen:
     path, mask = root / frame["path"].iloc[row], root / frame["mask"].iloc[row]
     values, mode = _open(mask)
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             turned = picture.getexif().get(_ORIENTATION, 1)
             size = picture.size
         if turned != 1:
@@ -148,7 +148,7 @@ def _see(root: Path, frame: pd.DataFrame, row: int) -> _Seen:
 
 def _open(path: Path) -> tuple[NDArray[np.int32], str]:
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             mode, values = picture.mode, np.asarray(picture)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such mask") from None

@@ -15,7 +15,7 @@ from histill.slides.sources import OpenSlideSource, Picture
 from histill.slides.tiled import TiffTiles
 from histill.slides.tiles import Source
 
-__all__ = ["Way", "way_to"]
+__all__ = ["Way", "check_directories", "way_to"]
 
 # What these take grows with the text and not with its square, whatever the text.
 _PIXELS = re.compile(r"<(?:\w{1,40}:)?Pixels\b[^<>]{0,4000}>")
@@ -46,6 +46,15 @@ def way_to(path: Path) -> Way:
     if levels:
         return Way(JpegTiles(path, levels, plain), "jpeg tiles", "", plain.properties)
     return Way(plain, "openslide", why, plain.properties)
+
+
+def check_directories(path: Path) -> None:
+    """Refuse a TIFF that says of itself what cannot be, before a reader that would believe it gets to see it.
+
+    Raises:
+        BadInput: a damaged TIFF.
+    """
+    _directories(path)
 
 
 def _directories(path: Path) -> list[tiff.Directory]:

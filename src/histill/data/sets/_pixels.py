@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from histill.data.decode import FORMATS
 from histill.errors import BadInput
 from histill.files import atomic
 from histill.progress import progress
@@ -51,7 +52,7 @@ def grey(path: Path) -> NDArray[np.uint8]:
         BadInput: missing or unreadable.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             values = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: not a readable mask ({error})") from None

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from histill.data.decode import FORMATS
 from histill.data.sets._pixels import grey, number, save
 from histill.data.sets._record import CONVERTED, DataSet, File, Row, pictures
 from histill.errors import BadInput
@@ -31,7 +32,7 @@ def rows(folder: Path) -> Iterator[Row]:
 
 
 def _numbered(image: Path, masks: Path) -> NDArray[np.uint16]:
-    with Image.open(image) as picture:
+    with Image.open(image, formats=FORMATS) as picture:
         size = (picture.height, picture.width)
     try:
         return number((grey(path) for path in pictures(masks, ".png")), size)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from histill.data.decode import FORMATS
 from histill.data.sets._pixels import draw, regions, save
 from histill.data.sets._record import CONVERTED, DataSet, File, Row, pictures
 from histill.errors import BadInput
@@ -35,7 +36,7 @@ def rows(folder: Path) -> Iterator[Row]:
 
 
 def _numbered(image: Path, outlines: Path) -> NDArray[np.uint16]:
-    with Image.open(image) as picture:
+    with Image.open(image, formats=FORMATS) as picture:
         size = (picture.height, picture.width)
     return draw([points for _, points in regions(outlines)], size)
 

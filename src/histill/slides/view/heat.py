@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from histill.errors import BadInput, require
 from histill.slides.view.cache import Lru
+from histill.slides.ways import check_directories
 
 __all__ = ["Channel", "Difference", "Heat", "HeatFile", "Label"]
 
@@ -47,6 +48,7 @@ class HeatFile:
     def __init__(self, path: Path, downsample: float) -> None:
         tifffile = require("tifffile", "slides")
         self.path = path
+        check_directories(path)  # tifffile believes more of what a file says
         try:
             with tifffile.TiffFile(path) as file:  # not kept open: there may be more slides than open files
                 self._pages = [[page.aspage() for page in level.pages] for level in file.series[0].levels]

@@ -21,6 +21,7 @@ from histill.slides import Slide, open_slide
 from histill.slides.view.geometry import DeepZoom
 from histill.slides.view.heat import Channel, Difference, Heat, HeatFile, Label
 from histill.slides.view.render import Color
+from histill.slides.ways import check_directories
 
 __all__ = ["DISAGREEMENT", "Entry", "Layer", "Library"]
 
@@ -299,6 +300,7 @@ def _map(path: Path, root: Path, said: Mapping[str, Any], size: tuple[int, int])
 def _l0_pixel(path: Path, mpp: float | None, size: tuple[int, int]) -> float:
     """Level-0 pixels that a pixel of the map is wide: by its resolution, else by its size."""
     tifffile = require("tifffile", "slides")
+    check_directories(path)
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages[0]
