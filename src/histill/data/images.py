@@ -157,7 +157,8 @@ def read_images(source: str | Path, *, patient: str | None = None) -> Images:
 
     Args:
         source: the folder, or a CSV file with ``path,label`` and optional ``patient,split,mask,site``; its paths are
-            relative to it and stay inside its folder. ``slide`` and ``mpp`` are kept where a manifest has them.
+            relative to it and stay inside its folder. ``slide`` and ``mpp`` are kept where a manifest has them; a
+            ``slide`` stands for the patient where none is named.
         patient: a regular expression that reads the patient off an image's relative path: its first group,
             or all of it.
 
@@ -333,7 +334,10 @@ def _from_manifest(file: Path, needed: Sequence[str] = ("path", "label")) -> pd.
         frame["split"] = names.map(_SPLIT_NAMES)
     if "mpp" in frame and (odd := [v for v in frame["mpp"] if v and not _is_mpp(v)]):
         raise BadInput(f"{file}: mpp {few(odd)}: microns per pixel, a number above 0")
-    return _frame(**{c: list(frame[c]) for c in COLUMNS if c in frame and c not in ("content", "mask_content")})
+    table = _frame(**{c: list(frame[c]) for c in COLUMNS if c in frame and c not in ("content", "mask_content")})
+    # Patches of one slide belong together: where nobody says whose it is, the slide stands for its patient.
+    table["patient"] = table["patient"].where(table["patient"] != "", table["slide"])
+    return table
 
 
 def _check_size(file: Path) -> None:
