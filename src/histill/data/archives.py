@@ -48,6 +48,8 @@ class _Member(NamedTuple):
     link: str
     read: int
     """Bytes of the archive behind this member, for the bar."""
+    crc: int | None = None
+    """What the archive says of its content; `zipfile` does not look where it stops too early."""
 
 
 class _Limit:
@@ -143,7 +145,8 @@ def _fill(archive: Path, folder: Path, limit: _Limit) -> int:
                     limit.files += 1
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with target.open("xb") as file:
-                        _copy(member.file, file, limit)
+                        if _copy(member.file, file, limit) != member.crc and member.crc is not None:
+                            raise zipfile.BadZipFile(f"{member.name!r} is not what it says")
             except (FileExistsError, NotADirectoryError, IsADirectoryError):
                 raise BadInput(f"{archive}: two members are called {member.name!r}; nothing was unpacked") from None
             except OSError as error:
@@ -156,10 +159,14 @@ def _fill(archive: Path, folder: Path, limit: _Limit) -> int:
     return links
 
 
-def _copy(source: IO[bytes], target: IO[bytes], limit: _Limit) -> None:
+def _copy(source: IO[bytes], target: IO[bytes], limit: _Limit) -> int:
+    """Copy, and return the CRC-32 of what came."""
+    crc = 0
     while block := source.read(_MEGABYTE):
         limit.add(len(block))
         target.write(block)
+        crc = zlib.crc32(block, crc)
+    return crc
 
 
 @contextmanager
@@ -262,7 +269,7 @@ def _of_zip(archive: Path, whole: zipfile.ZipFile) -> Iterator[_Member]:
             yield _Member(info.filename, "other", None, "", read)
         else:
             with whole.open(info) as file:
-                yield _Member(info.filename, "file", file, "", read)
+                yield _Member(info.filename, "file", file, "", read, info.CRC)
 
 
 def _of_tar(tar: tarfile.TarFile, raw: IO[bytes]) -> Iterator[_Member]:
