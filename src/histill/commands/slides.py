@@ -33,13 +33,15 @@ def slide(
     segment: list[str] | None = None,
     device: str = "auto",
     precision: Literal["auto", "32-true", "bf16"] = "auto",
+    runtime: Literal["auto", "torch"] = "auto",
     code: Path | None = None,
     resume: bool = True,
+    ray: str | None = None,
 ) -> None:
     """Tiles, heatmap, lesions, GeoJSON and a page of whole slides; goes on where it stopped.
 
     Args:
-        model: a run, an .onnx or a TorchScript file, or the folder of an export with early exit.
+        model: a run, an .onnx, OpenVINO or TorchScript file, or the folder of an export with early exit.
         slides: files that OpenSlide reads, OME-TIFF, or plain images.
         out: a folder; each slide gets one in it, and summary.json lies beside them.
         mpp: microns per pixel at which the model looks (default: what it was trained at).
@@ -48,7 +50,7 @@ def slide(
         overlap: pixels at --mpp that a tile shares with the next.
         min_tissue: share of a tile that must be tissue.
         batch_size: tiles at once.
-        threads: readers (default: the machine's cores, 8 at most).
+        threads: readers (default: the machine's cores, 8 at most); with --ray the cores of each worker (default: 1).
         mask: where to look: GeoJSON, an image over the slide, or a folder of them named like the slides.
         truth: reference masks in the same ways, for IoU, Dice and lesion FROC.
         lesions: the classes that are lesions (default: the positive class, else all that do not sound healthy).
@@ -61,8 +63,11 @@ def slide(
         segment: CLASS=MODEL, the network that outlines what was taken for that class.
         device: where a run computes: auto, cpu, cuda or mps; exported files compute on the CPU.
         precision: of a run: auto is bf16 where the machine computes it.
+        runtime: of a run: auto is OpenVINO on a CPU, where the extra openvino is installed, else PyTorch.
         code: the Python file of a network that is not Histill's.
         resume: go on with what an earlier call left; --no-resume starts anew.
+        ray: share the slides among a Ray cluster's workers: HOST:PORT, or auto for that of RAY_ADDRESS, else one of
+            this machine's cores.
     """
     from histill.slides.options import by_class
     from histill.slides.predict import predict_slides, summary_lines
@@ -73,6 +78,7 @@ def slide(
         out,
         device=device,
         precision=precision,
+        runtime=runtime,
         code=code,
         mpp=mpp,
         slide_mpp=slide_mpp,
@@ -92,6 +98,7 @@ def slide(
         features=features,
         segment=by_class(segment or []),
         resume=resume,
+        ray=ray,
     )
     show(summary_lines(summary, out))
 

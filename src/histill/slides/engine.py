@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from histill.deploy.predictor import Leaving, Pixels, Predictor, TorchPredictor
 from histill.errors import BadInput
 from histill.files import digest, file_digest
 from histill.machine import computes_bf16
+from histill.memory import Fits
 from histill.run import Run
+from histill.slides.compiled import compiled
 
 __all__ = ["Model", "load_model"]
 
@@ -33,9 +36,12 @@ class Model:
         digest: of its weights and its card.
         mpp: microns per pixel at which it was trained, None for plain images.
         bf16: whether it computes in bfloat16, with channels last.
+        fast: the same network compiled for this CPU, which gives probabilities alone and takes tiles of the model's own
+            size; None where it is not.
         temperature: that calibrates its tiles, fitted on the run's validation images; None where there is none.
         positive: the run's positive class.
         about: what is said of it on the page.
+        fits: how many tiles memory holds at once.
     """
 
     predictor: Predictor
@@ -43,28 +49,44 @@ class Model:
     digest: str
     mpp: float | None = None
     bf16: bool = False
+    fast: Predictor | None = None
     temperature: float | None = None
     positive: str | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    fits: Fits = field(default_factory=lambda: Fits("looking at tiles"), repr=False, compare=False)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names, in the order of the columns."""
         return self.predictor.classes
 
+    @property
+    def runtime(self) -> str:
+        """What computes its probabilities."""
+        return type(self.fast or self.predictor).__name__.removesuffix("Predictor")
+
     def look(self, images: Pixels, *, features: bool = False) -> dict[str, NDArray[Any]]:
         """``(B, 3, H, W)`` in [0, 1] -> ``probabilities (B, C)`` float32, ``exits (B,)`` where images leave early.
 
-        With ``features`` also ``features (B, D)``, the network's ``pooled`` output.
+        With ``features`` also ``features (B, D)``, the network's ``pooled`` output. Where memory does not hold the
+        batch, it is looked at in pieces.
 
         Raises:
             BadInput: features of what is no run, or of a network without them.
+            Failed: memory does not hold a single image.
         """
+        pieces = self.fits(partial(self._look, features=features), images)
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _look(self, images: Pixels, *, features: bool) -> dict[str, NDArray[Any]]:
         if isinstance(self.predictor, Leaving) and not features:
             probabilities, exits = self.predictor.leave(images)
             return {"probabilities": probabilities.astype(np.float32), "exits": exits.astype(np.uint8)}
-        if not (features or self.bf16):
-            return {"probabilities": self.predictor(images).astype(np.float32)}
+        quick = self.predictor if not self.bf16 else None
+        if self.fast is not None and images.shape[-1] == self.fast.image_size:
+            quick = self.fast
+        if quick is not None and not features:
+            return {"probabilities": quick(images).astype(np.float32)}
         outputs = self.outputs(images)
         found = {"probabilities": softmax(outputs["logits"], axis=1)}
         if features:
@@ -88,13 +110,21 @@ class Model:
         return {name: value.float().cpu().numpy() for name, value in said.items() if torch.is_tensor(value)}
 
 
-def load_model(path: str | Path, *, device: str = "auto", precision: str = "auto", code: Path | None = None) -> Model:
-    """Open a run, an ``.onnx`` or TorchScript file, or a folder of exit segments, for slides.
+def load_model(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    runtime: str = "auto",
+    code: Path | None = None,
+) -> Model:
+    """Open a run, an exported file, or a folder of exit segments, for slides.
 
     Args:
         path: what is opened.
         device: where a run computes.
         precision: ``auto`` (bf16 for a run where the machine computes it), ``32-true`` or ``bf16``.
+        runtime: of a run: ``auto`` (OpenVINO on a CPU where it is installed, else PyTorch) or ``torch``.
         code: the Python file of a network that is not Histill's.
 
     Raises:
@@ -103,6 +133,8 @@ def load_model(path: str | Path, *, device: str = "auto", precision: str = "auto
     path = Path(path)
     if precision not in ("auto", "32-true", "bf16"):
         raise BadInput(f"--precision {precision}: one of auto, 32-true, bf16")
+    if runtime not in ("auto", "torch"):
+        raise BadInput(f"--runtime {runtime}: auto or torch")
     predictor = open_any(path, device=device, code=code)
     if not isinstance(predictor, TorchPredictor):
         if precision == "bf16":
@@ -113,14 +145,17 @@ def load_model(path: str | Path, *, device: str = "auto", precision: str = "auto
     if bf16:
         predictor.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = Run.open(path, code=code)
+    name, weights = path.resolve().name, _digest(path)
+    fast = compiled(run, predictor.network, weights, bf16=bf16) if runtime == "auto" and kind == "cpu" else None
     metrics = run.metrics if (path / "metrics.json").is_file() else {}
     temperature = metrics.get("temperature")
     return Model(
         predictor,
-        path.resolve().name,
-        _digest(path),
+        name,
+        weights,
         mpp=_trained_mpp(run.info, predictor.mpp),
         bf16=bf16,
+        fast=fast,
         temperature=float(temperature) if isinstance(temperature, (int, float)) and temperature > 0 else None,
         positive=run.info.get("positive"),
         about={"kind": "run", "recipe": (run.info.get("recipe") or {}).get("name"), "commit": run.info.get("commit")},

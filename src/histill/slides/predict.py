@@ -29,14 +29,16 @@ from histill.progress import Bar, notice, progress, say
 from histill.slides.coarse import parents
 from histill.slides.engine import Model, load_model
 from histill.slides.grid import Grid
-from histill.slides.lesions import froc, lesion_classes
+from histill.slides.lesions import lesion_classes
 from histill.slides.options import Options, beside
 from histill.slides.results import Found, write_results
 from histill.slides.slide import Slide, open_slide
+from histill.slides.spread import spread_slides
 from histill.slides.state import State, key_of
+from histill.slides.summary import summary_lines, summary_of
 from histill.slides.tissue import Tissue, find_tissue
 
-__all__ = ["predict_slide", "predict_slides", "summary_lines"]
+__all__ = ["predict_one", "predict_slide", "predict_slides", "summary_lines"]
 
 _CHUNK = 16  # batches
 _COARSE, _FINE = "coarse", "fine"
@@ -61,7 +63,9 @@ def predict_slides(
     *,
     device: str = "auto",
     precision: str = "auto",
+    runtime: str = "auto",
     code: Path | None = None,
+    ray: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Predict slides, each into ``out/<its stem>``, and write ``out/summary.json``.
@@ -72,7 +76,9 @@ def predict_slides(
         out: a folder.
         device: where a run computes.
         precision: as of `load_model`.
+        runtime: as of `load_model`.
         code: the Python file of a network that is not Histill's.
+        ray: a cluster that shares the slides among its workers (``auto`` or ``HOST:PORT``; `histill.cluster`).
         options: fields of `Options`.
 
     Returns:
@@ -87,16 +93,38 @@ def predict_slides(
     except TypeError as error:
         raise BadInput(f"histill slide: {error}") from None
     jobs = _jobs([Path(slide) for slide in slides], Path(out))
-    loaded = model if isinstance(model, Model) else load_model(model, device=device, precision=precision, code=code)
+    loaded = (
+        model
+        if isinstance(model, Model)
+        else load_model(model, device=device, precision=precision, runtime=runtime, code=code)
+    )
     wide = loaded
     if asked.coarse_model is not None:
-        wide = load_model(asked.coarse_model, device=device, precision=precision, code=code)
+        wide = load_model(asked.coarse_model, device=device, precision=precision, runtime=runtime, code=code)
     work = _Work(loaded, wide, asked, jobs)
     start = time.monotonic()
-    work.run()
+    if ray is None:
+        work.run()
+    else:
+        if isinstance(model, Model):
+            raise BadInput("--ray: workers open the model themselves; give its path")
+        shared: dict[str, Any] = {
+            "device": device,
+            "precision": precision,
+            "runtime": runtime,
+            "code": code,
+            "ray": ray,
+        }
+        for number, said in spread_slides(Path(model), [job.path for job in jobs], Path(out), asked, **shared):
+            if isinstance(said, HistillError):
+                jobs[number].fail(said)
+            else:
+                jobs[number].said = said
     if len(jobs) == 1 and jobs[0].error is not None:
         raise jobs[0].error
-    summary = _summary(jobs, loaded, time.monotonic() - start)
+    done = {job.path.stem: job.said for job in jobs if job.said is not None}
+    wrong = {job.path.stem: one_line(job.error) for job in jobs if job.error is not None}
+    summary = summary_of(done, wrong, loaded, time.monotonic() - start)
     write_json(Path(out) / "summary.json", summary)
     failed = [job for job in jobs if job.error is not None]
     if failed:
@@ -105,6 +133,15 @@ def predict_slides(
         lines = [one_line(job.error) for job in failed if job.error is not None]
         raise Failed(f"{len(failed)} of {len(jobs)} slides failed: {few(lines)}; the others are done")
     return summary
+
+
+def predict_one(model: Model, wide: Model, options: Options, out: Path, slide: Path) -> dict[str, Any]:
+    """One slide into ``out/<its stem>``, without a summary: what ``slide.json`` holds."""
+    (job,) = _jobs([slide], out)
+    _Work(model, wide, options, [job]).run()
+    if job.said is None:
+        raise job.error or Failed(f"{slide}: given up")
+    return job.said
 
 
 @dataclass(eq=False)
@@ -282,7 +319,13 @@ class _Work:
             said[name] = None if found is None else file_digest(found)
         said["segment"] = {label: _weights(path) for label, path in self.options.segment.items()}
         said["coarse_model"] = None if self.wide is self.model else self.wide.digest
-        said |= {"mpp": self.mpp, "tile": self.tile, "lesions": self.labels, "bf16": self.model.bf16}
+        said |= {
+            "mpp": self.mpp,
+            "tile": self.tile,
+            "lesions": self.labels,
+            "bf16": self.model.bf16,
+            "runtime": self.model.runtime,
+        }
         return said
 
     def _batches(self, job: _Job, part: str) -> Iterator[_Batch]:
@@ -464,37 +507,3 @@ def _joined(chunks: Mapping[int, Rows], classes: int) -> Rows:
 def _weights(path: Path) -> str:
     path = Path(path)
     return file_digest(path if path.is_file() else path / "model.safetensors")
-
-
-def _summary(jobs: Sequence[_Job], model: Model, seconds: float) -> dict[str, Any]:
-    done = {job.path.stem: job.said for job in jobs if job.said is not None}
-    kept = ("call", "lesions", "tiles", "mpp", "dimensions", "timing", "agreement", "layers")
-    tiles = sum(said["tiles"]["looked_at"] for said in done.values())
-    found: dict[str, Any] = {
-        "model": {"name": model.name, "digest": model.digest, "classes": list(model.classes)},
-        "slides": {stem: {name: said[name] for name in kept if name in said} for stem, said in done.items()},
-        "failed": {job.path.stem: one_line(job.error) for job in jobs if job.error is not None},
-        "timing": {"wall_s": seconds, "tiles": tiles, "tiles_per_second": tiles / seconds if seconds else None},
-    }
-    hits = [said["agreement"]["hits"] for said in done.values() if said.get("agreement")]
-    if hits:
-        scored = [([-np.inf if s is None else s for s in hit["lesions"]], hit["false_positives"]) for hit in hits]
-        found["froc"] = froc(scored)
-    return found
-
-
-def summary_lines(summary: Mapping[str, Any], out: str | Path) -> str:
-    """What ``summary.json`` holds, a line per slide, for people."""
-    lines = []
-    for stem, said in summary["slides"].items():
-        call, lesions = said["call"], said["lesions"]
-        if call["label"] is None:
-            lines.append(f"{stem}: no tissue")
-            continue
-        area = sum(lesions["area_um2"].values()) / 1e6
-        line = f"{stem}: {call['label']} ({call['probability']:.2f}), {lesions['count']} lesions of {area:.2f} mm2"
-        judged = said.get("agreement")
-        if judged and judged["dice"] is not None:
-            line += f", Dice {judged['dice']:.3f}"
-        lines.append(f"{line}: {Path(out) / stem / said['layers']['page']}")
-    return "\n".join(lines)

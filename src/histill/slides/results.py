@@ -168,7 +168,13 @@ def write_results(found: Found, timing: dict[str, dict[str, float]]) -> dict[str
         "dimensions": list(slide.dimensions),
         "classes": list(model.classes),
         "colors": {label: list(color) for label, color in colors.items()},
-        "model": {"name": model.name, "digest": model.digest, "bf16": model.bf16, **model.about},
+        "model": {
+            "name": model.name,
+            "digest": model.digest,
+            "bf16": model.bf16,
+            "runtime": model.runtime,
+            **model.about,
+        },
         "settings": _settings(found, least),
         "call": call,
         "lesions": {
@@ -346,6 +352,7 @@ def _settings(found: Found, least: float) -> dict[str, Any]:
         "threshold": options.threshold,
         "min_area_um2": least,
         "precision": "bf16" if found.model.bf16 else "the model's own",
+        "runtime": found.model.runtime,
         "mask": None if options.mask is None else Path(options.mask).name,
         "temperature": found.model.temperature,
     }

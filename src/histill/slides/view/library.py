@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from histill.errors import BadInput, HistillError, require
 from histill.files import read_json
 from histill.progress import notice, progress
 from histill.slides import Slide, open_slide
+from histill.slides.slide import MAX_MPP
 from histill.slides.view.geometry import DeepZoom
 from histill.slides.view.heat import Channel, Difference, Heat, HeatFile, Label
 from histill.slides.view.render import Color
@@ -267,7 +267,7 @@ def _said(place: Path) -> dict[str, Any]:
     if not isinstance(classes, list) or not all(isinstance(label, str) and label for label in classes):
         raise BadInput(f"{wrong}: classes are not a list of names")
     mpp = said.get("mpp")
-    if mpp is not None and not (type(mpp) in (int, float) and 0 < mpp < math.inf):
+    if mpp is not None and not (type(mpp) in (int, float) and 0 < mpp <= MAX_MPP):
         raise BadInput(f"{wrong}: mpp is not a number of microns")
     settings = said.get("settings") if isinstance(said.get("settings"), dict) else {}
     threshold, lesions = settings.get("threshold"), settings.get("lesions")  # type: ignore[union-attr]
