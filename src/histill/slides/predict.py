@@ -93,14 +93,9 @@ def predict_slides(
     except TypeError as error:
         raise BadInput(f"histill slide: {error}") from None
     jobs = _jobs([Path(slide) for slide in slides], Path(out))
-    loaded = (
-        model
-        if isinstance(model, Model)
-        else load_model(model, device=device, precision=precision, runtime=runtime, code=code)
-    )
-    wide = loaded
-    if asked.coarse_model is not None:
-        wide = load_model(asked.coarse_model, device=device, precision=precision, runtime=runtime, code=code)
+    how: dict[str, Any] = {"device": device, "precision": precision, "runtime": runtime, "code": code}
+    loaded = model if isinstance(model, Model) else load_model(model, **how)
+    wide = loaded if asked.coarse_model is None else load_model(asked.coarse_model, **how)
     work = _Work(loaded, wide, asked, jobs)
     start = time.monotonic()
     if ray is None:
@@ -108,14 +103,8 @@ def predict_slides(
     else:
         if isinstance(model, Model):
             raise BadInput("--ray: workers open the model themselves; give its path")
-        shared: dict[str, Any] = {
-            "device": device,
-            "precision": precision,
-            "runtime": runtime,
-            "code": code,
-            "ray": ray,
-        }
-        for number, said in spread_slides(Path(model), [job.path for job in jobs], Path(out), asked, **shared):
+        paths = [job.path for job in jobs]
+        for number, said in spread_slides(Path(model), paths, Path(out), asked, ray=ray, **how):
             if isinstance(said, HistillError):
                 jobs[number].fail(said)
             else:
