@@ -49,7 +49,7 @@ def refused(work: Callable[[], Any], *words: str, seconds: float = 5.0) -> None:
 
 
 def bounded(code: str, *arguments: object) -> str:
-    """What ``code`` prints in a process with `LIMIT_MB` of address space above what its imports take."""
+    """What ``code`` prints for each path, in a process with `LIMIT_MB` of address space above what its imports take."""
     setup = (
         "import sys, resource\nfrom pathlib import Path\nfrom histill.errors import BadInput\n"
         "from histill.data.decode import decode\nfrom histill.data.archives import unpack, read_member\n"
@@ -57,9 +57,9 @@ def bounded(code: str, *arguments: object) -> str:
         "from histill.data.images import read_images\nimport shapely, tifffile, imagecodecs, openslide\n"
         "size = next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmSize')) << 10\n"
         f"resource.setrlimit(resource.RLIMIT_AS, (size + ({LIMIT_MB} << 20),) * 2)\n"
-        "path = Path(sys.argv[1])\ntry:\n    "
+        "for path in map(Path, sys.argv[1:]):\n  try:\n    "
     )
-    ending = "\n    print('read')\nexcept BadInput as error:\n    print('refused:', error)\n"
+    ending = "\n    print('read')\n  except BadInput as error:\n    print('refused:', error)\n"
     done = subprocess.run(
         [sys.executable, "-c", setup + code + ending, *map(str, arguments)],
         capture_output=True,
@@ -164,11 +164,10 @@ def test_directories_that_share_what_they_point_to(tmp_path: Path) -> None:
     count = len(shared) // 4
     size = [(256, 4, 1, 256), (257, 4, 1, 256), (322, 4, 1, 256), (323, 4, 1, 256)]
     places = [(324, 4, count, 8), (325, 4, count, 8)]
-    path = tiff(tmp_path / "a.tiff", 4000, [*size, *places], shared=shared)
-    assert path.stat().st_size < 5 << 20
-    assert "tags of more than" in bounded("open_slide(path)", path)
-    path = tiff(tmp_path / "b.tiff", 4000, [*size, (270, 2, len(shared), 8)], shared=shared)
-    assert "tags of more than" in bounded("open_slide(path)", path)
+    one = tiff(tmp_path / "a.tiff", 4000, [*size, *places], shared=shared)
+    other = tiff(tmp_path / "b.tiff", 4000, [*size, (270, 2, len(shared), 8)], shared=shared)
+    assert max(one.stat().st_size, other.stat().st_size) < 5 << 20
+    assert bounded("open_slide(path)", one, other).count("tags of more than") == 2
     refused(
         lambda: open_slide(tiff(tmp_path / "c.tiff", 4000, [*size[:2], *((t, 3, 1, 1) for t in range(600, 1600))])),
         "tags",
@@ -279,17 +278,17 @@ def test_a_tar_of_nothing_but_headers(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE])
-@pytest.mark.parametrize("reader", ["unpack(path, path.with_name('out'))", "read_member(path, 'a', 'an archive', 100)"])
-def test_a_tar_header_of_gigabytes(tmp_path: Path, kind: bytes, reader: str) -> None:
-    info = tarfile.TarInfo("h")
-    info.type, info.size = kind, 600 << 20
-    with gzip.open(tmp_path / "a.tar.gz", "wb", compresslevel=1) as file:
-        file.write(info.tobuf())
-        for _ in range(600):
-            file.write(bytes(1 << 20))
-    said = bounded(reader, tmp_path / "a.tar.gz")
-    assert said.startswith("refused: "), said
+def test_a_tar_header_of_gigabytes(tmp_path: Path) -> None:
+    zeros, paths = gzip.compress(bytes(600 << 20), 1), []
+    for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE):
+        info = tarfile.TarInfo("h")
+        info.type, info.size = kind, 600 << 20
+        paths.append(tmp_path / f"{kind!r}.tar.gz")
+        paths[-1].write_bytes(gzip.compress(info.tobuf()) + zeros)
+    for code in ("unpack(path, path.with_name('out'))", "read_member(path, 'a', 'an archive', 100)"):
+        lines = bounded(code, *paths).splitlines()
+        assert len(lines) == 3
+        assert all(line.startswith("refused: ") and "header of" in line for line in lines), lines
 
 
 def test_sizes_that_lie(tmp_path: Path) -> None:
@@ -299,11 +298,11 @@ def test_sizes_that_lie(tmp_path: Path) -> None:
     place = data.index(b"PK\x01\x02") + 24
     data[place : place + 4] = struct.pack("<I", 5)
     (tmp_path / "a.zip").write_bytes(data)
-    refused(lambda: unpack(tmp_path / "a.zip", tmp_path / "out"), "'a.bin' is not what it says")
+    refused(lambda: unpack(tmp_path / "a.zip", tmp_path / "out"), "a.bin")
     data[place : place + 4] = struct.pack("<I", 1 << 31)
     (tmp_path / "a.zip").write_bytes(data)
-    unpack(tmp_path / "a.zip", tmp_path / "out")
-    assert (tmp_path / "out" / "a.bin").read_bytes() == bytes(1 << 20)
+    unpack(tmp_path / "a.zip", tmp_path / "whole")
+    assert (tmp_path / "whole" / "a.bin").read_bytes() == bytes(1 << 20)
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         info = tarfile.TarInfo("b")
         info.size = 3
