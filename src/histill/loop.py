@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from histill.data.images import Images
 from histill.data.packed import Packed, pack
+from histill.data.views import VERSION
 from histill.errors import BadInput, Failed, out_of_memory
 from histill.evaluate import labels
 from histill.evaluate.task import task_of
 from histill.experiment import Experiment
 from histill.files import atomic, cache_dir, digest, locked, read_json, sweep, write_json, writing
 from histill.learner import Average, Learner, check_draws, freeze
-from histill.machine import launch, logged
+from histill.machine import answers_bf16, at_speed, launch, logged
 from histill.memory import Buffers, Fits, halved
 from histill.progress import Bar, notice, progress
 from histill.record import check_finished, check_same, describe, record
@@ -103,7 +104,7 @@ def train(
         if before is None or before["status"] != "finished":
             if fabric.is_global_zero:
                 sweep(out)
-            with logged(fabric):
+            with logged(fabric), at_speed(fabric):
                 _train(experiment, out, before, fabric, compile, keep_checkpoint, checkpoint_seconds, command)
         else:
             check_finished(before, experiment, out)
@@ -424,7 +425,7 @@ def _judge_teacher(
 def _teacher(experiment: Experiment, packed: Packed, device: torch.device) -> Teacher | None:
     """The teacher behind a cache, where views are counted: they come again, in this run or in the next one's.
 
-    Part of the key is the kind of device, as on CUDA a teacher answers in bf16.
+    Part of the key is the kind of device and whether a teacher answers in bf16 there.
     """
     teacher, views = experiment.teacher, experiment.views
     if teacher is None or not experiment.cache or views is None:
@@ -433,9 +434,10 @@ def _teacher(experiment: Experiment, packed: Packed, device: torch.device) -> Te
         return teacher
     identity = {
         "image_size": experiment.image_size,
-        "device": device.type,
+        "device": device.type + (" bf16" if answers_bf16(device.type) else ""),
         "data": digest(packed.images.frame[["content", "label"]].values.tolist()),
         **experiment.augment.key(experiment.seed),
+        "drawn": VERSION,
     }
     images, outputs = len(packed.images), experiment.cache_outputs
     key = digest([teacher.key, identity, images, views, outputs])[:24]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -21,7 +23,9 @@ from lightning_fabric.strategies import DDPStrategy
 
 from histill.errors import BadInput, require
 
-__all__ = ["computes_bf16", "find_device", "launch", "logged"]
+__all__ = ["answers_bf16", "at_speed", "computes_bf16", "find_device", "kept_memory", "launch", "logged"]
+
+_IN_BF16: ContextVar[bool] = ContextVar("_IN_BF16", default=False)
 
 
 def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fabric:
@@ -60,7 +64,10 @@ def _processes() -> tuple[int, int, ClusterEnvironment]:
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"]), TorchElasticEnvironment()
     tasks, nodes = (int(os.environ.get(f"SLURM_STEP_NUM_{what}", "1")) for what in ("TASKS", "NODES"))
-    return (tasks, tasks // nodes, SLURMEnvironment()) if tasks > 1 else (1, 1, LightningEnvironment())
+    if tasks == 1:
+        return 1, 1, LightningEnvironment()
+    os.environ["SLURM_NTASKS_PER_NODE"] = str(tasks // nodes)  # without it Fabric takes no more than one task
+    return tasks, tasks // nodes, SLURMEnvironment()
 
 
 def find_device(name: str) -> torch.device:
@@ -86,6 +93,57 @@ def computes_bf16(device: str) -> bool:
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def answers_bf16(device: str) -> bool:
+    """Whether a frozen network answers in bf16 on this kind of device: on CUDA where that is computed, elsewhere where
+    training (`at_speed`) says so; by itself, as when it is judged, in float32.
+    """
+    return computes_bf16(device) if device == "cuda" else _IN_BF16.get()
+
+
+@contextmanager
+def at_speed(fabric: Fabric) -> Iterator[None]:
+    """What makes training fast, while the block runs: teachers answer in its precision, freed memory is kept."""
+    token = _IN_BF16.set(str(fabric._precision.precision).startswith("bf16"))
+    try:
+        with kept_memory() if fabric.device.type == "cpu" else nullcontext():
+            yield
+    finally:
+        _IN_BF16.reset(token)
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """While the block runs, glibc keeps up to 2 GB of freed memory for the next tensors; elsewhere nothing happens.
+
+    By itself it returns each large block to the system, which zeroes it page by page when the next layer asks for
+    as much again: a tenth of a training step, a fifth of a forward. Whoever set ``MALLOC_...`` keeps that.
+    """
+    libc = _glibc()
+    if libc is None or any(name.startswith("MALLOC_") for name in os.environ):
+        yield
+        return
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:  # what glibc's own rule comes to once it has seen large blocks
+        libc.mallopt(_M_MMAP_MAX, 65_536)
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**26)
+        libc.malloc_trim(0)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+
+
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL(None)
+        return libc if hasattr(libc, "gnu_get_libc_version") else None
+    except (OSError, TypeError):  # of Windows
+        return None
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -47,6 +47,8 @@ class Keyed(Protocol):
 class Frozen:
     """A network as a teacher: in eval mode, without gradients, on its own input size.
 
+    While a run trains it computes in the run's precision, on CUDA always in bf16; its answers are float32.
+
     Args:
         network: the network; it normalises for itself, as every network does.
         image_size: the size in pixels at which it looks (None: the student's). The view is drawn anew at that size,
@@ -63,15 +65,38 @@ class Frozen:
         self.key = f"{key or weights_digest(network)}@{image_size or 'same'}"
 
     def __call__(self, batch: Batch) -> Outputs:
+        from histill.machine import answers_bf16
+
         device = batch.images.device
         if next((p.device for p in self.network.parameters()), device) != device:
             self.network.to(device)
         with (
             torch.no_grad(),
-            torch.autocast(device.type, enabled=device.type == "cuda", dtype=torch.bfloat16),
+            torch.autocast(device.type, enabled=answers_bf16(device.type), dtype=torch.bfloat16),
         ):
-            outputs = self.network(batch.at(self.image_size))
-        return Outputs({name: value.float() for name, value in outputs.items()})
+            return _Answer(self.network(batch.at(self.image_size)))
+
+
+class _Answer(Outputs):
+    """Outputs that become float32 when they are asked for: a network names all its maps, an objective wants few."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = super().__getitem__(name)
+        if value.dtype in (torch.bfloat16, torch.float16):
+            self[name] = value = value.float()
+        return value
+
+    def __iter__(self) -> Iterator[str]:  # so that a copy is not made behind `__getitem__`
+        return super().__iter__()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401 - this is `get`
+
+    def items(self) -> ItemsView[str, Tensor]:  # type: ignore[override]
+        return ItemsView(self)
+
+    def values(self) -> ValuesView[Tensor]:  # type: ignore[override]
+        return ValuesView(self)
 
 
 class Ensemble:
