@@ -4,8 +4,8 @@
 
 Hypothesis draws what each target of tests/fuzz_targets.py is given. It must come back in time, within memory, and with
 a value, `BadInput` or `Failed`; any other exception, a dead process, more than `SLOW_S` processor seconds or more
-than `MOST_MB` above what the process had is a finding. Readers run in processes of their own, since libraries below them may end one.
-Each finding is reported once, with the value that led to it. Linux only.
+than `MOST_MB` above what the process had is a finding. Readers run in processes of their own, since libraries below
+them may end one. Each finding is reported once, with the value that led to it. Linux only.
 
 A target's entry in the results is replaced when it is fuzzed again; status 1 where there are findings.
 """

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fuzz_targets import _run_folder
+from fuzz_targets import run_folder
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -224,7 +224,7 @@ def test_a_card_that_asks_for_any_size(size: Any) -> None:
     [({"classes": 10**9, "image_size": 18}, "does not fit"), ({"classes": 2, "image_size": 10**7}, "does not fit")],
 )
 def test_a_run_that_asks_for_a_network_of_terabytes(tmp_path: Path, arguments: dict[str, Any], word: str) -> None:
-    _run_folder(tmp_path)
+    run_folder(tmp_path)
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert Run.open(tmp_path / "run").network() is not None
     info["network"]["arguments"] = arguments
@@ -327,7 +327,7 @@ def test_parquet_that_swells_or_unpickles(tmp_path: Path, mark: Path) -> None:
 
 
 def test_a_table_of_predictions_that_swells(tmp_path: Path) -> None:
-    _run_folder(tmp_path)
+    run_folder(tmp_path)
     pq.write_table(pa.table({"image": pa.nulls(30_000_000)}), tmp_path / "run" / "predictions.parquet")
     refused(lambda: Run.open(tmp_path / "run").predictions, "predictions.parquet", "30,000,000 rows")
     pd.DataFrame({"image": ["a"]}).to_parquet(tmp_path / "run" / "predictions.parquet")
@@ -335,7 +335,7 @@ def test_a_table_of_predictions_that_swells(tmp_path: Path) -> None:
 
 
 def test_weights_of_a_run_are_not_a_pickle(tmp_path: Path, mark: Path) -> None:
-    _run_folder(tmp_path)
+    run_folder(tmp_path)
     torch.save(Evil(mark), tmp_path / "run" / "model.safetensors")
     refused(lambda: Run.open(tmp_path / "run").network(), "model.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "run" / "model.safetensors")
