@@ -1,4 +1,4 @@
-"""Every reader of strangers' files takes what is bent at random or refuses it in one line (longer: benchmarks/fuzz.py)."""
+"""Readers of strangers' files take what is bent at random or refuse it in a line (at length: benchmarks/fuzz.py)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DRIVER = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
 def test_any_damage_is_a_value_or_a_line(name: str, tmp_path: Path) -> None:
     target = TARGETS[name]
 
-    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(value=target.values)
     def look(value: Any) -> None:
         try:
