@@ -29,6 +29,7 @@ import histill as hs
 from histill.cli import run
 from histill.cluster import joined, spread
 from histill.errors import BadInput, Failed
+from histill.files import read_json
 from histill.fill import fill
 from histill.slides.predict import predict_slides
 from histill.types import Batch, Outputs
@@ -164,7 +165,7 @@ def test_slides_of_two_workers_one_of_which_was_killed_are_those_of_one_process(
     assert files(tmp_path / "shared") == files(tmp_path / "alone")
     assert said_of(tmp_path / "shared/large")["tiles"]["resumed"] > 0
     assert said_of(tmp_path / "alone/large")["tiles"]["resumed"] == 0
-    both = [hs.files.read_json(tmp_path / name / "summary.json") for name in ("alone", "shared")]
+    both = [read_json(tmp_path / name / "summary.json") for name in ("alone", "shared")]
     assert both[0]["failed"] == both[1]["failed"]
     assert [list(s["slides"]) for s in both] == [["small", "large"]] * 2
 
