@@ -1,13 +1,15 @@
 """Do the readers of strangers' files take them or refuse them in one line, whatever is in them?
 
-    python benchmarks/fuzz.py [TARGET ...] [--minutes 60] [--out benchmarks/results/fuzz.json]
+    python benchmarks/fuzz.py [TARGET ...] [--minutes 60] [--out benchmarks/results/fuzz.json] [--page docs/security.md]
 
 Hypothesis draws what each target of tests/fuzz_targets.py is given. It must come back in time, within memory, and with
 a value, `BadInput` or `Failed`; any other exception, a dead process, more than `SLOW_S` processor seconds or more
 than `MOST_MB` above what the process had is a finding. Readers run in processes of their own, since libraries below
 them may end one. Each finding is reported once, with the value that led to it. Linux only.
 
-A target's entry in the results is replaced when it is fuzzed again; status 1 where there are findings.
+Minutes are the processor's, so that a busy machine fuzzes no less. A target's entry in the results is replaced when it
+is fuzzed again; status 1 where there are findings. ``--page`` writes the table of results between the marks in a page,
+and fuzzes what is named beside it, or nothing.
 """
 
 from __future__ import annotations
@@ -38,13 +40,16 @@ from fuzz_targets import TARGETS, Target, assert_line  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 
 from histill.errors import HistillError  # noqa: E402
-from histill.files import read_json, write_json  # noqa: E402
+from histill.files import read_json, write_json, write_text  # noqa: E402
 from histill.record import versions  # noqa: E402
 
 SLOW_S = 5.0
 MOST_MB = 1024
-HUNG_S = 60.0
-"""A reader that has not come back by then, by the clock on the wall, is ended."""
+HUNG_S = 30.0
+"""A reader that has taken so many processor seconds is ended."""
+ASLEEP_S = 1800.0
+"""So is one from which nothing has been heard for so long, by the clock on the wall."""
+MARKS = "<!-- fuzzing -->\n", "<!-- end -->\n"
 CHUNK = 400
 """Examples that a process looks at before the next one takes over."""
 
@@ -58,10 +63,11 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--minutes", type=float, default=60.0, help="for each target")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "fuzz.json")
+    parser.add_argument("--page", type=Path, help="a page whose table is written anew")
     given_ = parser.parse_args()
     torch.set_num_threads(1)
     found_any = False
-    for name in given_.targets or TARGETS:
+    for name in given_.targets or ([] if given_.page else TARGETS):
         result = fuzz(name, TARGETS[name], given_.minutes)
         found_any |= bool(result["findings"])
         whole = read_json(given_.out) if given_.out.exists() else {}
@@ -74,19 +80,37 @@ def main() -> int:
             f"{result['read']:,} read, {len(result['findings'])} findings",
             flush=True,
         )
+    if given_.page:
+        before, _, rest = given_.page.read_text(encoding="utf-8").partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        write_text(given_.page, f"{before}{MARKS[0]}{table(read_json(given_.out)['targets'])}{MARKS[1]}{after}")
     return int(found_any)
+
+
+def table(targets: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    head = "| target | what | processor minutes | executions | read | slowest, s | memory, MB | findings |\n"
+    lines = [head, "|---|---|---|---|---|---|---|---|\n"]
+    for name, r in targets.items():
+        share = f"{100 * r['read'] / max(1, r['executions']):.0f} %"
+        lines.append(
+            f"| {name} | {r['what']} | {r['minutes']:.1f} | {r['executions']:,} | {share} | {r['slowest_s']:.2f} | "
+            f"{r['memory_mb']:,} | {len(r['findings'])} |\n"
+        )
+    return "".join(lines)
 
 
 def fuzz(name: str, target: Target, minutes: float) -> dict[str, Any]:
     """One target for so many minutes: how often it ran, what came of it, and what was found."""
-    end, first = time.monotonic() + 60 * minutes, time.monotonic()
+    end = _children() + 60 * minutes
+    first, began = _children(), time.monotonic()
     total = {"executions": 0, "read": 0, "refused": 0, "slowest_s": 0.0, "memory_mb": 0.0}
     findings: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
         folder, seed = Path(place), int.from_bytes(os.urandom(4), "big")
-        while time.monotonic() < end:
+        while (left := end - _children()) > 0:
             seed += 1
-            said = _in_a_process(target, seed, folder, end)
+            said = _in_a_process(target, seed, folder, left)
             for key in ("executions", "read", "refused"):
                 total[key] += said.get(key, 0)
             for key in ("slowest_s", "memory_mb"):
@@ -98,7 +122,8 @@ def fuzz(name: str, target: Target, minutes: float) -> dict[str, Any]:
                 findings[finding["where"]]["times"] = findings[finding["where"]].get("times", 0) + 1
     return {
         "what": target.what,
-        "minutes": round((time.monotonic() - first) / 60, 2),
+        "minutes": round((_children() - first) / 60, 2),
+        "minutes_on_the_wall": round((time.monotonic() - began) / 60, 2),
         **total,
         "slowest_s": round(total["slowest_s"], 2),
         "memory_mb": round(total["memory_mb"]),
@@ -109,7 +134,13 @@ def fuzz(name: str, target: Target, minutes: float) -> dict[str, Any]:
     }
 
 
-def _in_a_process(target: Target, seed: int, folder: Path, end: float) -> dict[str, Any]:
+def _children() -> float:
+    """Processor seconds of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _in_a_process(target: Target, seed: int, folder: Path, left: float) -> dict[str, Any]:
     """A chunk of examples in a child; if it dies, the example that it died of is in the journal."""
     work, journal, answer = folder / "work", folder / "journal", folder / "answer.json"
     shutil.rmtree(work, ignore_errors=True)
@@ -122,7 +153,7 @@ def _in_a_process(target: Target, seed: int, folder: Path, end: float) -> dict[s
         try:
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            answer.write_text(json.dumps(_chunk(target, seed, work, journal, end)))
+            answer.write_text(json.dumps(_chunk(target, seed, work, journal, left)))
             status = 0
         finally:
             os._exit(status)
@@ -135,22 +166,32 @@ def _in_a_process(target: Target, seed: int, folder: Path, end: float) -> dict[s
         if os.WIFSIGNALED(state)
         else f"status {os.waitstatus_to_exitcode(state)}"
     )
-    died = f"nothing for {HUNG_S:g} s" if died == "SIGKILL" else f"the process ended: {died}"
+    died = f"no answer after {HUNG_S:g} processor seconds" if died == "SIGKILL" else f"the process ended: {died}"
     return {"executions": int(number or 0), "finding": {"where": died, "error": died, "value": value[:2000]}}
 
 
 def _waited(child: int, journal: Path) -> int:
+    """Its status, once it has ended or been ended; it may be stopped for a while and go on."""
+    heard, used = 0.0, 0.0
     while True:
         done, state = os.waitpid(child, os.WNOHANG)
         if done:
             return state
-        if time.time() - journal.stat().st_mtime > HUNG_S:
+        if (now := journal.stat().st_mtime) != heard:
+            heard, used = now, _used(child)
+        if _used(child) - used > HUNG_S or time.time() - heard > ASLEEP_S:
             os.kill(child, signal.SIGKILL)
             return os.waitpid(child, 0)[1]
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
-def _chunk(target: Target, seed: int, work: Path, journal: Path, end: float) -> dict[str, Any]:
+def _used(process: int) -> float:
+    """Processor seconds."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _chunk(target: Target, seed: int, work: Path, journal: Path, left: float) -> dict[str, Any]:
     said: dict[str, Any] = {"executions": 0, "read": 0, "refused": 0, "slowest_s": 0.0}
     ctypes.CDLL(None).mallopt(-8, 1)  # one arena: each thread's own would count as memory
     before = _megabytes()
@@ -170,7 +211,7 @@ def _chunk(target: Target, seed: int, work: Path, journal: Path, end: float) -> 
     )
     @given(value=target.values)
     def look(value: Any) -> None:
-        if time.monotonic() > end:
+        if time.process_time() > left:
             return
         last[0] = value
         said["executions"] += 1

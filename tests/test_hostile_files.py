@@ -127,6 +127,13 @@ def test_postscript_called_png_is_not_run(tmp_path: Path) -> None:
     refused(lambda: decode(tmp_path / "a.png"), "not an image of a known kind")
 
 
+def test_a_phone_s_picture_of_two_is_its_first(tmp_path: Path) -> None:
+    first, second = Image.fromarray(picture(40, 40)), Image.fromarray(picture(40, 40, 1))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
+    decoded = np.asarray(decode(tmp_path / "a.jpg")[0]).astype(int)
+    assert np.abs(decoded - picture(40, 40)).mean() < 20
+
+
 def test_wide_greyscale_in_parts_is_what_it_was_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).integers(0, 65536, (37, 23)).astype(np.uint16)
     floats = np.where(values > 60_000, np.nan, values / 65535).astype(np.float32)

@@ -215,7 +215,7 @@ class _Reader:
         code, inline = ("Q", 8) if self.big else ("I", 4)
         dtype = np.dtype(_TYPES[kind]).newbyteorder(self.order)
         length = self.length(kind, entry)
-        self.bytes += max(length, length * 8 // dtype.itemsize)  # places are kept as 64 bits each
+        self.bytes += length * 8 // dtype.itemsize if kind in _PLACES else length  # places are kept as 64 bits each
         if self.bytes > MAX_VALUES:
             raise BadTiff(f"tags of more than {MAX_VALUES:,} bytes")
         if length <= inline:
