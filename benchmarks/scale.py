@@ -7,7 +7,7 @@ weights exported to ONNX, tiles of 224 px. Every number is of one core: one thre
 
 - Cost: processor seconds of reading, the model and everything after it, by tile and by slide; bytes that come in, bytes
   that stay; private memory of the process.
-- Workers: the same eight smaller slides by one process and on Ray by one worker and two, in turns, each worker with one
+- Workers: the same six smaller slides by one process and on Ray by one worker and two, in turns, each worker with one
   thread. Where there are fewer free cores than workers the second brings little, so load is written down too.
 - Cache: the same of a teacher's cache, three networks' worth of answers to 480 images.
 - A death: a worker is killed in the middle; the seconds that it cost.
@@ -170,7 +170,7 @@ def rate(times: dict[str, list[float]]) -> dict[str, float]:
 
 def text_of(found: dict[str, Any]) -> str:
     lines = []
-    for name, one in found["cost"].items():
+    for name, one in found.get("cost", {}).items():
         width, height = one["dimensions"]
         lines.append(
             f"{name}: {width:,} x {height:,} px, {one['tiles']:,} tiles, {one['seconds']:.1f} core seconds "
@@ -178,41 +178,46 @@ def text_of(found: dict[str, Any]) -> str:
             f"{one['bytes_in'] / 1e6:.1f} MB in, {one['bytes_out'] / 1e6:.2f} MB out in {one['files_out']} files"
         )
         lines.append("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in one["stages"].items()))
-    for name in ("slides", "cache"):
+    for name in {"slides", "cache"} & set(found):
         times = ", ".join(f"{who} {statistics.median(s):.1f} s" for who, s in found[name]["seconds"].items())
         ratios = ", ".join(f"{what} {value:.2f}" for what, value in found[name]["ratios"].items())
         lines.append(f"{name}: {times}; throughput: {ratios}; load before {found[name]['load']:.1f}")
-    death = found["death"]
-    lines.append(f"a worker killed: {death['one killed']:.1f} s in place of {death['undisturbed']:.1f} s")
+    if death := found.get("death"):
+        lines.append(f"a worker killed: {death['one killed']:.1f} s in place of {death['undisturbed']:.1f} s")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="see that everything runs; writes nothing")
-    small = parser.parse_args().small
-    rounds = 1 if small else 3
+    parser.add_argument("--part", choices=("all", "slides", "rest"), default="all", help="slides: by workers, alone")
+    arguments = parser.parse_args()
+    small, part, rounds = arguments.small, arguments.part, 1 if arguments.small else 2
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         os.environ |= {"HISTILL_CACHE": f"{scratch}/cache", "HISTILL_QUIET": "1", "OMP_NUM_THREADS": "1"}
         model = write_model(scratch / "model.onnx")
-        found: dict[str, Any] = {"cost": {}}
-        for times in (2, 4) if small else (4, 11):
+        found: dict[str, Any] = {} if part == "slides" else {"cost": {}}
+        for times in () if part == "slides" else (2, 4) if small else (4, 11):
             (slide,) = write_slides(scratch, 1, times)
             found["cost"][f"side {times}"] = cost(model, slide, scratch / f"cost {times}")
 
-        slides = write_slides(scratch / "many", 3 if small else 8, 2)
+        slides = write_slides(scratch / "many", 3 if small else 6, 2)
 
         def over_slides(out: Path, ray: str | None) -> None:
-            predict_slides(model, slides, out, ray=ray, threads=1)
+            some = slides[:2] if out.name == "warm" else slides
+            predict_slides(model, some, out, ray=ray, threads=1)
 
         def of(work: Callable[[Path, str | None], object], where: str) -> dict[str, Any]:
             load = os.getloadavg()[0]
             seconds = in_turns(work, scratch / where, rounds)
             return {"seconds": seconds, "ratios": rate(seconds), "load": load}
 
-        found["slides"] = of(over_slides, "slides")
+        if part != "rest":
+            found["slides"] = of(over_slides, "slides")
+        if part == "slides":
+            return leave(found, small)
         rows = write_images(scratch / "images", 80 if small else 480, 32)
         (scratch / "images/all.csv").write_text("\n".join(["path,label,split", *(f"{r},train" for r in rows)]) + "\n")
         data = read_images(scratch / "images/all.csv")
@@ -229,11 +234,19 @@ def main() -> None:
         found["death"] = a_death(over_slides, scratch / "death")
         same = [np.load(scratch / "cache" / f"{who} 0" / "logits.npy") for who in found["cache"]["seconds"]]
         assert all(np.array_equal(same[0], other) for other in same[1:])
+    return leave(found, small)
+
+
+def leave(found: dict[str, Any], small: bool) -> None:
+    """Print what was found; keep it beside the other part's."""
+    there = RESULTS / "scale.json"
+    if not small and there.is_file():
+        found = {**json.loads(there.read_text(encoding="utf-8")), **found}
     text = text_of(found)
     print(text, end="")
     if not small:
         machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        summary = {"command": "python benchmarks/scale.py", "machine": machine, "torch": torch.__version__, **found}
+        summary = found | {"command": "python benchmarks/scale.py", "machine": machine, "torch": torch.__version__}
         write_json(RESULTS / "scale.json", summary)
         write_text(RESULTS / "scale.txt", text)
 
