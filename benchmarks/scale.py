@@ -178,7 +178,7 @@ def text_of(found: dict[str, Any]) -> str:
             f"{one['bytes_in'] / 1e6:.1f} MB in, {one['bytes_out'] / 1e6:.2f} MB out in {one['files_out']} files"
         )
         lines.append("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in one["stages"].items()))
-    for name in {"slides", "cache"} & set(found):
+    for name in [name for name in ("slides", "cache") if name in found]:
         times = ", ".join(f"{who} {statistics.median(s):.1f} s" for who, s in found[name]["seconds"].items())
         ratios = ", ".join(f"{what} {value:.2f}" for what, value in found[name]["ratios"].items())
         lines.append(f"{name}: {times}; throughput: {ratios}; load before {found[name]['load']:.1f}")
