@@ -3,11 +3,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo
 
-.PHONY: help install demo test test-all soak docs check format clean
+.PHONY: help install demo test test-all bench soak docs check format clean
 help:
 	@echo "make demo      install into $(VENV), run the main job on phantom tissue, print the report's path"
 	@echo "make test      install and run the tests (under 5 minutes on 2 cores)"
 	@echo "make test-all  the tests and the longer ones"
+	@echo "make bench     ratios of speed, held against those that are committed (2 minutes)"
 	@echo "make soak      kill trainings, caches, slides and exports at random moments, 50 times each (under 15 minutes)"
 	@echo "make docs      the pages, into docs/_build/html; warnings are errors"
 	@echo "make check     formatting, lint, types"
@@ -30,6 +31,9 @@ test: install
 
 test-all: install
 	$(PYTEST) -m "slow or not slow"
+
+bench: install
+	$(BIN)/python benchmarks/guard.py
 
 # At moments of its own each time; it says how to have the same again.
 soak: install

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +282,7 @@ def _costs(network: Any, run: Run, teacher: Run | None, efficiency: Mapping[str,
     if efficiency and "student" in efficiency:
         named = {"student": "this model", "student_int8": "int8", "teacher": "its teacher"}
         columns = [name for name in named if name in efficiency]
-        kinds = {
+        kinds: dict[str, Callable[[Any], str]] = {
             "parameters": lambda e: f"{e['parameters']:,}",
             "multiply-accumulates, one image": lambda e: f"{count(e['macs'])}",
             "file": lambda e: _bytes(e["file_bytes"]),

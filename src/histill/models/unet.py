@@ -61,7 +61,8 @@ class UNet(nn.Module):
 
     Args:
         classes: Number of classes.
-        backbone: ``"CSAT"``, ``"ResNet18SAT"``, ``"StrideNet"``, or the timm name of a network with a pyramid of features.
+        backbone: ``"CSAT"``, ``"ResNet18SAT"``, ``"StrideNet"``, or the timm name of a network with a pyramid of
+            features.
         weights: The backbone's; see there.
         arguments: Passed to the backbone.
 

@@ -74,9 +74,11 @@ def _worker(
 
 def _absolute(options: Options) -> Options:
     """The same files, whatever a worker's folder is."""
-    paths = {name: getattr(options, name) for name in ("mask", "truth", "coarse_model")}
-    segment = {label: Path(path).absolute() for label, path in options.segment.items()}
-    return replace(options, segment=segment, **{n: p if p is None else Path(p).absolute() for n, p in paths.items()})
+    changed: dict[str, Any] = {"segment": {label: Path(path).absolute() for label, path in options.segment.items()}}
+    for name in ("mask", "truth", "coarse_model"):
+        path = getattr(options, name)
+        changed[name] = None if path is None else Path(path).absolute()
+    return replace(options, **changed)
 
 
 def _bytes(path: Path) -> int:
