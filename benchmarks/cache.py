@@ -55,7 +55,7 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, at_speed(launch("cpu", "auto", (), Path())):
         folder = Path(scratch)
-        for place in sorted(p for p in arguments.data.iterdir() if p.is_dir())[:CLASSES]:
+        for place in sorted(p for p in arguments.data.iterdir() if p.is_dir() and any(p.glob("*.jp*g")))[:CLASSES]:
             (folder / "data" / place.name).mkdir(parents=True)
             for file in sorted(place.glob("*.jp*g"))[: -(-arguments.images // CLASSES)]:
                 shutil.copyfile(file, folder / "data" / place.name / file.name)
