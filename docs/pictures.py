@@ -91,7 +91,7 @@ def cache(packed: Any, path: Path) -> None:
 
 
 def guesses(packed: Any, regularity: float) -> tuple[Scores, Scores, Scores]:
-    """A classifier that is far too sure: a regression on 12 x 12 pixels; validation, test, and test by image."""
+    """A classifier: a regression on 12 x 12 pixels; what it says of validation, test, and test by image."""
     frame = packed.images.frame
     small = packed.pixels[packed.stored].reshape(-1, 12, 4, 12, 4, 3).mean((2, 4)).reshape(len(frame), -1) / 255
     labels = packed.labels.numpy()
