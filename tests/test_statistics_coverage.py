@@ -71,7 +71,7 @@ def test_a_difference_over_thirty_patients() -> None:
 
 @pytest.mark.parametrize("spread", [0.05, 0.4])
 def test_a_mean_over_three_seeds(spread: float) -> None:
-    """The seeds' own spread is small or large beside the patients'; the percentile bootstrap held the large in 80 %."""
+    """The seeds' own spread is small or large beside the patients'."""
     grid = np.random.default_rng(0).normal(size=400_000)
     noise = np.random.default_rng(1).normal(size=400_000)
     truth = float((noise < 0.5 + spread * grid).mean())
