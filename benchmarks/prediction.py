@@ -42,7 +42,7 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 SIZE, THREADS, CLASSES = 224, 2, ("benign", "malignant")
-BATCHES = {1: 10, 16: 6}
+BATCHES = {1: 8, 16: 5}
 """Rounds by images at a time."""
 
 LEAST, LONG = 0.04, 0.25

@@ -127,11 +127,11 @@ def table_of(found: dict[str, Any]) -> str:
             f"{name}: {counts} images of training, validation, test; 95 % intervals over patients and seeds",
             "",
         ]
-        lines.append(f"{'':36}" + "".join(f"{metric.replace('_', ' '):26}" for metric in SHOWN))
-        for row, figures in {"teacher (MobileNet V1, 128 px)": task["teacher"], **task["students"]}.items():
-            lines.append(f"{row:36}" + "".join(f"{_shown(figures[metric]):26}" for metric in SHOWN))
+        lines.append(f"{'':44}" + "".join(f"{metric.replace('_', ' '):26}" for metric in SHOWN))
+        for row, figures in {"teacher (MobileNet V1)": task["teacher"], **task["students"]}.items():
+            lines.append(f"{row:44}" + "".join(f"{_shown(figures[metric]):26}" for metric in SHOWN))
         for row, figures in task["differences"].items():
-            lines.append(f"{row:36}"[:36] + "".join(f"{_shown(figures[metric], sign=True):26}" for metric in SHOWN))
+            lines.append(f"{row:44}" + "".join(f"{_shown(figures[metric], sign=True):26}" for metric in SHOWN))
         for network, rate in task["rates"].items():
             tried = ", ".join(f"{100 * v['balanced_accuracy']:.1f} at {r}" for r, v in rate["validation"].items())
             lines.append(
