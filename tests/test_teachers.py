@@ -200,7 +200,7 @@ def test_a_cached_and_an_online_run_end_at_the_same_weights(data: Images, tmp_pa
     torch.manual_seed(0)
     teacher = Frozen(Normed())
     cached, online = (
-        hs.train(everything(data, cache, teacher=teacher), tmp_path / name)
+        hs.train(everything(data, cache, teacher=teacher), tmp_path / name, precision="32-true")
         for name, cache in (("cached", tmp_path / "cache"), ("online", False))
     )
     for name, value in load_file(cached.path / "model.safetensors").items():
