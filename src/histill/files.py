@@ -217,9 +217,10 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = lock.open("a")
-        except FileNotFoundError:
-            continue  # who held it has just taken the folder away
+            try:
+                file = lock.open("a")
+            except FileNotFoundError:
+                continue  # who held it has just taken the folder away
         except OSError as error:
             raise _cannot_write(folder, error) or error from None
         with file:
