@@ -194,15 +194,8 @@ def trained(root: Path) -> None:
 
 
 def export(root: Path, out: Path) -> None:
-    """ONNX, int8, TorchScript and QuPath's folder."""
+    """ONNX and int8. TorchScript is left out: it writes down from where in the program it was traced."""
     hs.export(root / "run", out / "student.onnx", int8=True)
-    script(root, out)
-
-
-def script(root: Path, out: Path) -> None:
-    """TorchScript and QuPath's folder."""
-    hs.export(root / "run", out / "student.pt", format="torchscript")
-    hs.export(root / "run", out / "qupath", format="qupath", mpp=0.5)
 
 
 def read(path: Path) -> Any:
@@ -318,7 +311,6 @@ KINDS = {
     "cache": Kind(images, fill, unlike_pack),
     "slide": Kind(slide, predict, unlike_files),
     "export": Kind(trained, export, unlike_files),
-    "script": Kind(trained, script, unlike_files),  # the quick part of an export
 }
 
 
@@ -442,7 +434,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kill Histill at random moments and compare what it leaves.")
     parser.add_argument("--kills", type=int, default=50, help="of each kind")
     parser.add_argument("--seed", type=int, default=None, help="of the moments (default: a new one, which is printed)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[name for name in KINDS if name != "script"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--out", type=Path, help="a JSON file")
     parser.add_argument("--keep", type=Path, help="a folder for what the processes leave")
     chosen = parser.parse_args()

@@ -47,7 +47,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFIN
 from histill.cli import main
 main(sys.argv[2:])
 """
-KINDS = [name for name in soak.KINDS if name != "export"]  # to ONNX it takes as long as all of these
+KINDS = [*soak.KINDS]
+QUICK = [pytest.param(n, marks=pytest.mark.slow) if n == "export" else n for n in KINDS]  # as long as all others
 
 
 def listen() -> None:
@@ -67,7 +68,7 @@ def survive(root: Path, name: str, kills: int, seed: int) -> None:
     (root / "found").write_text(json.dumps(asdict(found)))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", QUICK)
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(name: str, tmp_path: Path) -> None:
     child = process(survive, tmp_path, name, 4, random.SystemRandom().randrange(1 << 32))
     child.join()
@@ -160,7 +161,7 @@ def in_own_mounts(work: Any, root: Path, name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("training", "slide") else n for n in KINDS]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("training", "slide", "export") else n for n in KINDS]
 )
 def test_a_disk_that_fills_is_one_line_and_with_room_it_goes_on_to_the_same_bytes(name: str, tmp_path: Path) -> None:
     said, unlike, left = in_own_mounts(fill, tmp_path, name)
@@ -247,7 +248,7 @@ def seal(root: Path, name: str) -> None:
     (root / "found").write_text(json.dumps(said))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", QUICK)
 def test_an_output_that_may_not_be_written_to_is_one_line(name: str, tmp_path: Path) -> None:
     kind, line = in_own_mounts(seal, tmp_path, name)
     assert kind == "BadInput"

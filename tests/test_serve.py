@@ -150,7 +150,7 @@ def test_wrong_exports_are_refused(run: Run, tmp_path: Path) -> None:
 
 def test_qupath_gets_its_folder(run: Run, exported: dict[str, Any]) -> None:
     folder = Path(exported["qupath"]["path"])
-    assert set(bytes_of(folder)) == {"torchscript_model.pt", "config.json"}
+    assert set(bytes_of(folder)) == {"torchscript_model.pt", "config.json", "model_card.md"}
     config = json.loads((folder / "config.json").read_text())
     assert (config["architecture"], config["class_names"]) == ("DSNet", ["benign", "malignant"])
     assert (config["patch_size_pixels"], config["spacing_um_px"]) == (SIZE, 0.5)
