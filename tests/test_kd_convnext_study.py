@@ -126,6 +126,7 @@ def test_repeats_of_different_patients_are_compared_within_each() -> None:
         "low": 0,
         "high": 0,
         "seeds": 0,
+        "p": 1.0,
     }
     assert figures_over_seeds(alone, names=FIGURES)["accuracy"]["value"] == pytest.approx(4 / 6)
     pooled = together(alone)

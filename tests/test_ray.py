@@ -90,6 +90,7 @@ def of_doubling() -> Callable[[int], int]:
     return doubled
 
 
+@pytest.mark.slow
 def test_an_error_is_that_items_answer_and_who_kills_its_workers_is_given_up(ray: Any) -> None:
     found: dict[int, Any] = {}
 
@@ -135,6 +136,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return slides_tiny.model(tmp_path_factory.mktemp("models") / "purple.pt")
 
 
+@pytest.mark.slow
 def test_slides_of_two_workers_one_of_which_was_killed_are_those_of_one_process(
     ray: Any, cohort: list[Path], model: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +175,7 @@ def test_slides_of_two_workers_one_of_which_was_killed_are_those_of_one_process(
     assert [list(s["slides"]) for s in both] == [["small", "large"]] * 2
 
 
+@pytest.mark.slow
 def test_the_flag_of_the_command(ray: Any, cohort: list[Path], model: Path, tmp_path: Path) -> None:
     assert run(["slide", str(model), str(cohort[0]), "--out", str(tmp_path), "--ray", "auto"]) == 0
     assert said_of(tmp_path / "small")["tiles"]["count"] > 0
@@ -196,6 +199,7 @@ class Dying(Counting):
         return Outputs(logits=super().__call__(batch)["logits"] + batch.images.mean())
 
 
+@pytest.mark.slow
 def test_a_cache_that_workers_filled_is_that_of_one_process(ray: Any, tmp_path: Path) -> None:
     data = table(tmp_path / "data")
     (tmp_path / "mark").touch()
@@ -258,6 +262,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_only_this_machine_is_listened_to(ray: Any) -> None:
     sockets = set()
     for pid in ours():

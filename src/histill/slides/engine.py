@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,8 +75,7 @@ class Model:
             BadInput: features of what is no run, or of a network without them.
             Failed: memory does not hold a single image.
         """
-        pieces = self.fits(partial(self._look, features=features), images)
-        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        return _joined(self.fits(partial(self._look, features=features), images))
 
     def _look(self, images: Pixels, *, features: bool) -> dict[str, NDArray[Any]]:
         if isinstance(self.predictor, Leaving) and not features:
@@ -87,7 +86,7 @@ class Model:
             quick = self.fast
         if quick is not None and not features:
             return {"probabilities": quick(images).astype(np.float32)}
-        outputs = self.outputs(images)
+        outputs = self._outputs(images)
         found = {"probabilities": softmax(outputs["logits"], axis=1)}
         if features:
             if "pooled" not in outputs:
@@ -97,6 +96,9 @@ class Model:
 
     def outputs(self, images: Pixels) -> dict[str, NDArray[np.float32]]:
         """Everything that a run's network says of images, by name."""
+        return _joined(self.fits(self._outputs, images))
+
+    def _outputs(self, images: Pixels) -> dict[str, NDArray[np.float32]]:
         if not isinstance(self.predictor, TorchPredictor):
             raise BadInput(f"{self.name}: features and attention need a run; an exported file gives logits alone")
         network = self.predictor.network
@@ -160,6 +162,10 @@ def load_model(
         positive=run.info.get("positive"),
         about={"kind": "run", "recipe": (run.info.get("recipe") or {}).get("name"), "commit": run.info.get("commit")},
     )
+
+
+def _joined(pieces: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def _trained_mpp(info: Mapping[str, Any], otherwise: float | None) -> float | None:
