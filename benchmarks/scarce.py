@@ -1,6 +1,6 @@
 """200 labels and a folder of unlabelled tissue: what each kind of pretraining buys a 3 M-parameter backbone.
 
-    python benchmarks/scarce.py DATA OUT [START]
+    python benchmarks/scarce.py DATA OUT [START ...]
 
 DATA is that of benchmarks/rckd.py, and holds ``imagenet_mobilenet`` (ImageNet weights of MobileNet). CSAT starts from
 random weights, from Barlow Twins, from RCKD (a nucleus segmenter trained on ``dsb2018_he``), and from the embeddings of
@@ -11,7 +11,7 @@ on the glands of ``ebhi_glands`` (masks), by one recipe, at the learning rates o
 validation figure of the first seed is taken, for each start and set by itself, and run with every seed. Test images are
 looked at once, at the end.
 
-A third word runs the parts of one start alone. Results go to benchmarks/results/scarce.json and scarce.txt.
+Further words are the starts that are run (default: all). Results go to benchmarks/results/scarce.json and scarce.txt.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("only", nargs="?", choices=SAID)
+    parser.add_argument("starts", nargs="*", choices=[[], *SAID], default=[])
     arguments = parser.parse_args()
     out: Path = arguments.out
     sets, told = prepared(arguments.data, out)
@@ -123,7 +123,8 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {name: {} for name in sets}
     chosen: dict[str, dict[str, Any]] = {name: {} for name in sets}
     info: dict[str, Any] = {}
-    for start in [arguments.only] if arguments.only else SAID:
+    starts = [start for start in SAID if start in arguments.starts or not arguments.starts]
+    for start in starts:
         weights = pretrained(start, told.get(start, []), out)
         for name, images in sets.items():
             tune = partial(tuned, start, name, images, weights, out)
@@ -133,17 +134,16 @@ def main() -> None:
             rows[name][start] = [scores_of(run) for run in runs]
             chosen[name][start] = {"validation": {f"{r:g}": v for r, v in reached.items()}, "rate": best}
             info = runs[0].info
-    if arguments.only:
-        return
     shown: dict[str, Any] = {
-        "command": "python benchmarks/scarce.py DATA OUT",
+        "command": " ".join(["python benchmarks/scarce.py DATA OUT", *arguments.starts]),
         "settings": {"segmenter": SEGMENTER, "pretraining": PRETRAIN, "finetuning": FINETUNE, "labels": LABELS},
         "unlabelled": len(list((out / "unlabelled").iterdir())),
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": info["device"]},
         **{name: info[name] for name in ("precision", "versions", "commit")},
     }
     lines = [f"{'start':38}" + "".join(f"{f'{n}, {METRIC[n]}':30}{'minus random':30}" for n in sets)]
-    for start, title in SAID.items():
+    for start in starts:
+        title = SAID[start]
         cells = ""
         for name in sets:
             metric = METRIC[name]
