@@ -46,7 +46,8 @@ def ray() -> Iterator[Any]:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("OMP_NUM_THREADS", "1")
         with joined("auto") as its:
-            its.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not see the tests' folder
+            for name in (__name__, "tiny"):  # workers do not see the tests' folder
+                its.cloudpickle.register_pickle_by_value(sys.modules[name])
             yield its
 
 
