@@ -44,7 +44,7 @@ napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 
 HERE = Path(__file__).parent
-COMING = ("scale.md", "performance.md", "security.md")
+COMING: tuple[str, ...] = ()
 """Pages that may not be there yet: a link to one is left out until it is. An entry goes when its page comes."""
 RECIPE_PARTS = ("teacher", "student", "pretrain", "supervised", "finetune")
 
