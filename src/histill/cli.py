@@ -14,7 +14,7 @@ from histill.commands import data as _data
 from histill.commands import doctor as _doctor
 from histill.commands import models as _models
 from histill.commands import slides as _slides
-from histill.errors import HistillError, printable
+from histill.errors import HistillError, out_of_memory, printable
 
 __all__ = ["main"]
 
@@ -61,7 +61,7 @@ def run(tokens: list[str]) -> int:
         return _fail(2 if isinstance(error, _BAD_PATH) else 1, where.rstrip(": "))
     except Exception as error:  # noqa: BLE001 - whatever it is, the user sees one line
         kind = type(error).__name__
-        if kind in ("MemoryError", "OutOfMemoryError"):  # the second is torch's, which is not imported here
+        if out_of_memory(error):
             return _fail(1, "out of memory; use a smaller --batch-size or --image-size")
         return _fail(
             1, f"{kind}: {(str(error).strip().splitlines() or [''])[0]}", "unforeseen; HISTILL_DEBUG=1 shows where"

@@ -129,7 +129,7 @@ def read_data(values: dict[str, Any]) -> Any:
     """The images of ``--data`` with their split."""
     from histill.distill import read_parts
 
-    seed = values["seed"] if values["split_seed"] is None else values["split_seed"]
+    seed = values.get("seed", 0) if values["split_seed"] is None else values["split_seed"]
     return read_parts(Path(values["data"]), seed=seed, **{n: values[n] for n in SPLIT if n != "split_seed"})
 
 

@@ -478,7 +478,8 @@ def _study_command(name: str) -> Any:
     from histill.experiment import load_study
 
     function = load_study(name)
-    flags = merged(common("data", "out", *SPLIT, "device", "precision"), signature_flags(function, {}))
+    taken = [n for n in ("device", "precision") if n in inspect.signature(function).parameters]
+    flags = merged(common("data", "out", *SPLIT, *taken), signature_flags(function, {}))
     first = inspect.getdoc(function) or name
 
     def work(values: dict[str, Any]) -> None:
