@@ -15,8 +15,8 @@ figure is defined (a draw can lack a class). From it, with Student's t for the u
 With several seeds their spread is added: what of it the patients do not explain, over the number of seeds, with the
 degrees of freedom by Satterthwaite (1946). Three seeds know little of their spread, and t says so.
 
-Percentiles of the draws, the usual interval, held the truth in 84 to 94 of 100 cases at 20 patients; what these
-hold is simulated by ``benchmarks/coverage.py``. There is no interval over one unit, nor where fewer than one draw in
+Percentiles of the draws, the usual interval, hold the truth too seldom with few patients; what these hold is simulated
+by ``benchmarks/coverage.py`` (docs/statistics.md). There is no interval over one unit, nor where fewer than one draw in
 ten defines the figure.
 """
 
