@@ -9,7 +9,7 @@ help:
 	@echo "make test      install and run the tests (under 5 minutes on 2 cores)"
 	@echo "make test-all  the tests and the longer ones"
 	@echo "make bench     ratios of speed, held against those that are committed (2 minutes)"
-	@echo "make soak      kill trainings, caches, slides and exports at random moments, 50 times each (under 15 minutes)"
+	@echo "make soak      kill trainings, caches, slides and exports at random moments, 50 times each (long)"
 	@echo "make package   wheel and sdist, looked into and installed with each extra (long)"
 	@echo "make docs      the pages, into docs/_build/html; warnings are errors"
 	@echo "make check     formatting, lint, types"
