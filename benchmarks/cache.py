@@ -19,7 +19,6 @@ deviation of the values.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -30,7 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from training import processor, spread, versions
+from common import leave, processor, spread
+from training import versions
 
 KINDS = {
     "logits": ("resnet50", "logits"),
@@ -78,10 +78,7 @@ def main() -> None:
         "kinds": kinds,
         "seconds": time.monotonic() - began,
     }
-    arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    text = table(found)
-    arguments.out.with_suffix(".txt").write_text(text, encoding="utf-8")
-    print(text, end="")
+    leave(arguments.out, found, table(found))
 
 
 def measure(network: str, output: str, first: list[Any], other: list[Any], folder: Path, rounds: int) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import RESULTS, processor
 from read import write
-from slides import processor
 from torch import nn
 
 import histill as hs
@@ -45,7 +45,7 @@ from histill.slides.bench import bench_read
 from histill.teachers import Frozen
 from histill.types import Batch, Outputs, Terms
 
-RESULT = Path(__file__).parent / "results" / "guard.json"
+RESULT = RESULTS / "guard.json"
 ALLOWED = 0.7
 SIZE, BATCH, ROUNDS = 96, 32, 3
 

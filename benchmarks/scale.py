@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import RESULTS, beside, leave
 from growth import measure, predicting, write_images
 
 from histill.cluster import joined
@@ -41,13 +42,11 @@ from histill.data import Augment, read_images
 from histill.data.phantom import draw
 from histill.deploy import to_onnx
 from histill.experiment import Experiment
-from histill.files import write_json, write_text
 from histill.fill import fill
 from histill.models import Cifar, Timm
 from histill.slides import predict_slides
 from histill.teachers import Frozen
 
-RESULTS = Path(__file__).parent / "results"
 TILE, CLASSES = 224, ("benign", "malignant")
 
 
@@ -217,7 +216,7 @@ def main() -> None:
         if part != "rest":
             found["slides"] = of(over_slides, "slides")
         if part == "slides":
-            return leave(found, small)
+            return end(found, small)
         rows = write_images(scratch / "images", 80 if small else 480, 32)
         (scratch / "images/all.csv").write_text("\n".join(["path,label,split", *(f"{r},train" for r in rows)]) + "\n")
         data = read_images(scratch / "images/all.csv")
@@ -234,21 +233,19 @@ def main() -> None:
         found["death"] = a_death(over_slides, scratch / "death")
         same = [np.load(scratch / "cache" / f"{who} 0" / "logits.npy") for who in found["cache"]["seconds"]]
         assert all(np.array_equal(same[0], other) for other in same[1:])
-    return leave(found, small)
+    return end(found, small)
 
 
-def leave(found: dict[str, Any], small: bool) -> None:
+def end(found: dict[str, Any], small: bool) -> None:
     """Print what was found; keep it beside the other part's."""
-    there = RESULTS / "scale.json"
-    if not small and there.is_file():
-        found = {**json.loads(there.read_text(encoding="utf-8")), **found}
-    text = text_of(found)
-    print(text, end="")
-    if not small:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        summary = found | {"command": "python benchmarks/scale.py", "machine": machine, "torch": torch.__version__}
-        write_json(RESULTS / "scale.json", summary)
-        write_text(RESULTS / "scale.txt", text)
+    if small:
+        print(text_of(found), end="")
+        return
+    out = RESULTS / "scale.json"
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    more = {"command": "python benchmarks/scale.py", "machine": machine, "torch": torch.__version__}
+    found = beside(out, found)
+    leave(out, found | more, text_of(found))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common import RESULTS, leave
 from rckd import SEGMENTER, manifest
-from studies import HISTILL, PUBLISHED, RESULTS, call
+from studies import HISTILL, PUBLISHED, call
 
 import histill as hs
 from histill.data.images import Images
@@ -163,9 +164,7 @@ def main() -> None:
         f"CSAT; mean of {len(SEEDS)} fine-tunings, 95 % interval over patients and repeats; "
         "differences in points, paired."
     )
-    (RESULTS / "scarce.json").write_text(json.dumps(shown, indent=1) + "\n")
-    (RESULTS / "scarce.txt").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    leave(RESULTS / "scarce.json", shown, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import leave, processor, spread
 from numpy.typing import NDArray
 from slides_tools import CLASSES, MPP, TILE, Case
 
@@ -109,10 +110,7 @@ def main() -> None:
             **summary(rounds, folder),
             "seconds": time.monotonic() - began,
         }
-    arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    text = table(found)
-    arguments.out.with_suffix(".txt").write_text(text, encoding="utf-8")
-    print(text, end="")
+    leave(arguments.out, found, table(found))
 
 
 # The slide
@@ -414,10 +412,6 @@ def ratio(these: list[float], those: list[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(these, those)])
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": float(np.median(values)), "low": min(values), "high": max(values)}
-
-
 def load(folder: Path) -> dict[tuple[int, int], NDArray[np.float64]]:
     said = np.load(folder / "said.npz")
     return {(int(x), int(y)): row for (x, y), row in zip(said["places"], said["probabilities"].astype(np.float64))}
@@ -438,11 +432,6 @@ def agreement(these: dict[Any, Any], those: dict[Any, Any], name: str) -> dict[s
         "allowed": allowed,
         "agrees": len(common) == len(these) == len(those) and (allowed is None or largest <= allowed),
     }
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(found: dict[str, Any]) -> str:

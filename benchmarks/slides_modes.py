@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from slides import processor, spread
-from studies import HISTILL, RESULTS, call
+from common import RESULTS, leave, processor, spread
+from studies import HISTILL, call
 
-from histill.files import write_json
 from histill.slides import predict_slides
 from histill.slides.coarse import compare_tiles
 
@@ -120,9 +119,7 @@ def main() -> None:
             f"{name:<28}{rate['median']:>9.1f}{times:>24}{100 * same['agreement']:>11.1f}%"
             f"{same['mean_difference']:>11.3f}{more['dice']:>7.3f}  {shares}"
         )
-    write_json(RESULTS / "slides_modes.json", found)
-    (RESULTS / "slides_modes.txt").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    leave(RESULTS / "slides_modes.json", found, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

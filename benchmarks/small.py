@@ -16,7 +16,6 @@ several students over one pass of the teacher; and four seeds of one network as 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import RESULTS, beside, leave
 from growth import write_images
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,15 +37,13 @@ import histill as hs
 import histill.evaluate.finish
 from histill.data import Augment, Images, pack, read_images
 from histill.experiment import Experiment
-from histill.files import write_json, write_text
-from histill.loop import _mixed, _teacher
+from histill.loop import _mixed, kept_teacher
 from histill.losses import cross_entropy, kd
 from histill.memory import Buffers
 from histill.models import Cifar, DSNet
 from histill.teachers import Frozen
 from histill.types import Batch, Outputs, Terms
 
-RESULTS = Path(__file__).parent / "results"
 SIZE, CLASSES = 32, 2
 NETWORKS: dict[str, partial[nn.Module]] = {
     "DSNet": partial(DSNet, classes=CLASSES, image_size=SIZE),
@@ -166,7 +164,7 @@ def parts_of_a_step(data: Images, teacher: Frozen, batch: int, times: int) -> di
     def drawn() -> Batch:
         return packed.batch(rows, views, augment=made.augment, seed=0)
 
-    cached: Any = _teacher(made, packed, torch.device("cpu"))
+    cached: Any = kept_teacher(made, packed, torch.device("cpu"))
     shown = drawn()
     cached(shown)
     buffers, losses = Buffers(NETWORKS["wrn_16_1"]()), [torch.rand(()) for _ in range(2)]
@@ -294,28 +292,26 @@ def main() -> None:
         if part != "rest":
             found["side_by_side"] = side_by_side(data, teacher, scratch, rounds)
         if part == "steps":
-            return leave(found, small)
+            return end(found, small)
         some, times = data[640], 20 if small else 200
         found["parts"] = {batch: parts_of_a_step(some, teacher, batch, times) for batch in (8, 64)}
         cases = [("DSNet", 8, 40), ("wrn_16_1", 8, 30)][: 1 if small else 2]
         found["compiled"] = [compiled(some, teacher, *case, rounds) for case in cases]
         found["one_pass"] = over_one_pass(data[8 * STEPS["DSNet", 8]] if small else some, teacher, scratch)
         found["stacked"] = [stacked(some, teacher, batch, 3 if small else 9, rounds) for batch in (8, 64)]
-    return leave(found, small)
+    return end(found, small)
 
 
-def leave(found: dict[str, Any], small: bool) -> None:
+def end(found: dict[str, Any], small: bool) -> None:
     """Print what was found; keep it beside the other part's."""
-    there = RESULTS / "small.json"
-    if not small and there.is_file():
-        found = {**json.loads(there.read_text(encoding="utf-8")), **found}
-    text = text_of(found)
-    print(text, end="")
-    if not small:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        summary = found | {"command": "python benchmarks/small.py", "machine": machine, "torch": torch.__version__}
-        write_json(RESULTS / "small.json", json.loads(json.dumps(summary)))
-        write_text(RESULTS / "small.txt", text)
+    if small:
+        print(text_of(found), end="")
+        return
+    out = RESULTS / "small.json"
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    more = {"command": "python benchmarks/small.py", "machine": machine, "torch": torch.__version__}
+    found = beside(out, found)
+    leave(out, found | more, text_of(found))
 
 
 if __name__ == "__main__":

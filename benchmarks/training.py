@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import leave, processor, spread
 
 OURS = ("histill online", "histill filling", "histill reading")
 PEERS = ("torchdistill", "timm's task", "plain fp32", "plain bf16")
@@ -115,10 +116,7 @@ def main() -> None:
         **summary(rounds, arguments.teacher),
         "seconds": time.monotonic() - began,
     }
-    arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    text = table(found)
-    arguments.out.with_suffix(".txt").write_text(text, encoding="utf-8")
-    print(text, end="")
+    leave(arguments.out, found, table(found))
 
 
 def write_data(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -249,10 +247,6 @@ def work(name: str, teacher: str) -> float:
     return 3 * GMACS["resnet18"] + (GMACS[teacher] if taught else 0)
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": float(np.median(values)), "low": min(values), "high": max(values)}
-
-
 def table(found: dict[str, Any]) -> str:
     machine = found["machine"]
     rows = [
@@ -285,12 +279,6 @@ def versions(*names: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             there[name] = "not installed"
     return there
-
-
-def processor() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import histill as hs
 from histill import cli
 from histill.data import Augment, Images, Packed, pack, read_unlabelled
 from histill.errors import BadInput, Failed
-from histill.loop import _teacher
+from histill.loop import kept_teacher
 from histill.run import Run
 from histill.teachers import Cached, Ensemble, Frozen, as_teacher
 from histill.types import Batch, Outputs
@@ -262,13 +262,13 @@ def test_a_cache_of_other_images_is_refused(data: Images, tmp_path: Path) -> Non
 
 def test_what_was_answered_on_another_kind_of_device_is_not_taken(data: Images, tmp_path: Path, packed: Packed) -> None:
     on_cpu, on_cuda = (
-        _teacher(everything(data, True), packed, torch.device(kind)).folder  # type: ignore[union-attr]
+        kept_teacher(everything(data, True), packed, torch.device(kind)).folder  # type: ignore[union-attr]
         for kind in ("cpu", "cuda:1")
     )
     assert on_cpu != on_cuda
     hs.train(everything(data, tmp_path / "cache"), tmp_path / "run", device="cpu")
     with pytest.raises(BadInput, match=r"caches something else \(device differ\)"):
-        _teacher(everything(data, tmp_path / "cache"), packed, torch.device("cuda"))
+        kept_teacher(everything(data, tmp_path / "cache"), packed, torch.device("cuda"))
 
 
 def test_without_a_folder_another_teacher_gets_another_cache(data: Images, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from histill.data.packed import pack
 from histill.data.views import Augment
 from histill.errors import BadInput, HistillError
 from histill.experiment import Experiment
-from histill.loop import _joined, _teacher
+from histill.loop import kept_teacher, with_unlabelled
 from histill.machine import at_speed, launch
 from histill.progress import progress
 from histill.teachers import Cached, Keyed, bound
@@ -78,11 +78,11 @@ def fill(
     """
     if experiment.teacher is None:
         raise BadInput("nothing to keep: the student learns alone; give --teacher")
-    data = experiment.data if experiment.unlabelled is None else _joined(experiment.data, experiment.unlabelled)
+    data = experiment.data if experiment.unlabelled is None else with_unlabelled(experiment.data, experiment.unlabelled)
     packed = pack(data, experiment.image_size, strict=experiment.strict)
     fabric = launch(device, precision, (), Path())
     with at_speed(fabric):
-        cached = _teacher(experiment, packed, fabric.device)
+        cached = kept_teacher(experiment, packed, fabric.device)
     if not isinstance(cached, Cached):
         raise BadInput(
             "nothing to keep: every epoch shows new views, or the teacher's answers lie on disk; give --views"

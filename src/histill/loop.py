@@ -38,7 +38,7 @@ from histill.run import Run, without_weights
 from histill.teachers import Cached, Keyed, bound
 from histill.types import Outputs, Teacher, total
 
-__all__ = ["train"]
+__all__ = ["kept_teacher", "train", "with_unlabelled"]
 
 
 @dataclass
@@ -124,7 +124,7 @@ def _train(
     checkpoint_seconds: float,
     command: dict[str, Any] | None,
 ) -> None:
-    data = experiment.data if experiment.unlabelled is None else _joined(experiment.data, experiment.unlabelled)
+    data = experiment.data if experiment.unlabelled is None else with_unlabelled(experiment.data, experiment.unlabelled)
     packed = pack(data, experiment.image_size, strict=experiment.strict)
     for line in packed.images.notices:
         notice(line)
@@ -166,7 +166,7 @@ def _train(
                 average.network.load_state_dict(saved["average"])
     if experiment.teacher is not None:
         experiment = replace(experiment, teacher=bound(experiment.teacher, packed.images))
-    teacher = _teacher(experiment, packed, fabric.device)
+    teacher = kept_teacher(experiment, packed, fabric.device)
     if fabric.is_global_zero:
         if experiment.teacher is not None and len(rows["val"]):
             info["teacher"] |= _judge_teacher(experiment.teacher, experiment, packed, rows["val"], fabric)
@@ -422,7 +422,7 @@ def _judge_teacher(
     return {"validation": {name: value if math.isfinite(value) else None for name, value in figures.items()}}
 
 
-def _teacher(experiment: Experiment, packed: Packed, device: torch.device) -> Teacher | None:
+def kept_teacher(experiment: Experiment, packed: Packed, device: torch.device) -> Teacher | None:
     """The teacher behind a cache, where views are counted: they come again, in this run or in the next one's.
 
     Part of the key is the kind of device and whether a teacher answers in bf16 there.
@@ -487,7 +487,7 @@ def _finish(
     write_json(out / "run.json", info | {"status": "finished"})
 
 
-def _joined(data: Images, unlabelled: Images) -> Images:
+def with_unlabelled(data: Images, unlabelled: Images) -> Images:
     """Labelled and unlabelled images as one table, the unlabelled ones in the training split.
 
     A copy of a training image is left out; one of a validation or test image is found as a leak when they are packed.

@@ -19,12 +19,12 @@ from histill.deploy.predictor import Opened, Pixels, one_line
 from histill.errors import BadInput, Failed, require
 from histill.files import atomic
 
-__all__ = ["OpenVinoPredictor", "open_openvino", "to_openvino"]
+__all__ = ["OpenVinoPredictor", "for_cpu", "open_openvino", "to_openvino"]
 
 
 @dataclass(frozen=True)
 class OpenVinoPredictor:
-    """A model compiled by OpenVINO for the CPU in float32, images to logits (the first output)."""
+    """A model compiled by OpenVINO for the CPU, images to logits (the first output)."""
 
     compiled: Any
     classes: tuple[str, ...]
@@ -80,6 +80,15 @@ def to_openvino(model: str | Path, path: str | Path) -> Path:
     return path
 
 
+def for_cpu(model: Any, threads: int, *, bf16: bool = False) -> Any:
+    """What OpenVINO has read, compiled: in float32 unless ``bf16`` is asked for.
+
+    Left to itself it takes bfloat16 where the CPU computes in it, and logits differ in the third digit.
+    """
+    hint = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32"}
+    return require("openvino", "openvino").Core().compile_model(model, "CPU", hint)
+
+
 def open_openvino(path: Path, threads: int) -> Opened:
     """How `open_model` opens an ``.xml`` file with its ``.bin``.
 
@@ -89,13 +98,11 @@ def open_openvino(path: Path, threads: int) -> Opened:
     openvino = require("openvino", "openvino")
     if not path.with_suffix(".bin").is_file():
         raise BadInput(f"{path} is without its weights, {path.with_suffix('.bin').name}")
-    # On a CPU that computes in bfloat16 OpenVINO would take that, and logits would differ in the third digit.
-    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     try:
         model = openvino.Core().read_model(path)
         text = bytes.fromhex(model.get_rt_info("histill").astype(str)) if model.has_rt_info("histill") else b""
         shapes = [entry.partial_shape for entry in model.inputs]
-        compiled = openvino.Core().compile_model(model, "CPU", settings)
+        compiled = for_cpu(model, threads)
     except (RuntimeError, ValueError) as error:
         raise BadInput(f"{path} is not a usable OpenVINO model ({one_line(error)})") from None
     if len(shapes) != 1 or shapes[0].rank.is_dynamic or len(shapes[0]) != 4:

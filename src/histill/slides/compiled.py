@@ -5,13 +5,12 @@ from __future__ import annotations
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from histill.deploy.formats import check_parity, to_onnx
-from histill.deploy.openvino import OpenVinoPredictor, to_openvino
+from histill.deploy.openvino import OpenVinoPredictor, for_cpu, to_openvino
 from histill.deploy.predictor import one_line
 from histill.errors import HistillError
 from histill.files import cache_dir
@@ -21,7 +20,6 @@ from histill.run import Run
 __all__ = ["compiled"]
 
 _NEEDED = ("openvino", "onnx", "onnxscript")
-_SETTINGS = {"NUM_STREAMS": 1}
 
 
 def compiled(run: Run, network: nn.Module, digest: str, *, bf16: bool) -> OpenVinoPredictor | None:
@@ -44,12 +42,10 @@ def compiled(run: Run, network: nn.Module, digest: str, *, bf16: bool) -> OpenVi
         if not kept.is_file():
             say(f"compiling {run.path.name} for this CPU, once")
             _convert(run, network, kept)
-        model = openvino.Core().read_model(kept)
+        made = for_cpu(openvino.Core().read_model(kept), torch.get_num_threads(), bf16=bf16)
     except (HistillError, RuntimeError) as error:
         notice(f"{run.path.name} runs in PyTorch, as OpenVINO does not take it: {one_line(error)}")
         return None
-    hint = {"INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    made: Any = openvino.Core().compile_model(model, "CPU", _SETTINGS | hint)
     return OpenVinoPredictor(made, run.classes, run.image_size)
 
 
