@@ -99,6 +99,7 @@ def live(
     heard, tells = os.pipe()
     start = time.monotonic()
     log = below.with_name(f"{below.name}.log")
+    log.touch()  # a child may be killed before its first step
     child = os.fork()
     if not child:
         status = 1
