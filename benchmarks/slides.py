@@ -20,7 +20,8 @@ What is timed: from the file of the weights to the results on disk, in a process
 tiles of another slide. Results are what each tool writes at least: wsinfer's CSV, tiatoolbox's zarr; Histill writes
 its table, GeoJSON, heatmap, lesions and page. Its run is computed by OpenVINO, as it is where that is installed (that
 it is converted once belongs to the warm-up), and once more by PyTorch. Each peer runs with the setting of `SETTINGS`
-that was fastest on 256 tiles before; Histill runs as it comes. Threads are each tool's default. Rounds go through the
+that was fastest on 256 tiles before (tiatoolbox's is its default; wsinfer runs a second time with its command line's
+own, `DEFAULT`); Histill runs as it comes. Threads are each tool's default. Rounds go through the
 tools forwards, then backwards. The limit is the model alone on a batch that lies in memory, the fastest of the ways
 that were tried.
 
@@ -62,8 +63,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "tiatoolbox": [{"workers": 0}, {"workers": 2}],
     "wsinfer": [{"workers": workers, "speedup": speedup} for workers in (0, 2) for speedup in (False, True)],
 }
+DEFAULT = {"wsinfer default": {"workers": min(os.cpu_count() or 1, 8), "speedup": False}}  # as its command line has it
 OURS = ("histill fp32", "histill bf16", "histill torch bf16", "histill int8")
-TOOLS = (*SETTINGS, *OURS, "limit")
+PEERS = (*SETTINGS, *DEFAULT)
+TOOLS = (*PEERS, *OURS, "limit")
 ALLOWED = {"fp32": 1e-4, "bf16": 0.1}  # of a probability, to Histill's fp32; int8 is reported, not judged
 
 
@@ -79,7 +82,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.keep and arguments.keep.exists():
         parser.error(f"--keep {arguments.keep}: give a folder that is not there yet")
-    pythons = dict.fromkeys(TOOLS, sys.executable) | {name: getattr(arguments, name) for name in SETTINGS}
+    pythons = {name: getattr(arguments, name.split()[0], sys.executable) for name in TOOLS}
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.keep or Path(scratch)
@@ -94,6 +97,7 @@ def main() -> None:
         models = write_models(folder / "models", cases["main"])
         bench = Bench(folder, models, cases["warm"], pythons)
         settings = {name: bench.choose(name, cases["warm" if arguments.small else "trial"]) for name in SETTINGS}
+        settings |= {name: {"setting": setting} for name, setting in DEFAULT.items()}
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in TOOLS}
         for number in range(arguments.repeats):
             for name in TOOLS if number % 2 == 0 else TOOLS[::-1]:
@@ -294,7 +298,13 @@ class Bench:
         """What the tool's process found, with its memory; ``error`` where it failed."""
         out = self.folder / f"{next(self.numbers):02d}-{name.replace(' ', '-')}"
         out.mkdir(parents=True)
-        job = {"tool": name, "models": str(self.models), "warm": self.warm, "trials": trials, "out": str(out)}
+        job = {
+            "tool": name.removesuffix(" default"),
+            "models": str(self.models),
+            "warm": self.warm,
+            "trials": trials,
+            "out": str(out),
+        }
         (out / "job.json").write_text(json.dumps(job))
         environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
         environment |= {"HF_HUB_OFFLINE": "1", "HISTILL_QUIET": "1"}
@@ -402,7 +412,7 @@ def summary(rounds: dict[str, list[dict[str, Any]]], folder: Path) -> dict[str, 
         "share_of_limit": shares(rates),
         "share_of_limit_looking": shares(looking),
         "ratio": {
-            f"{name} / {peer}": ratio(rates[name], rates[peer]) for name in ours for peer in SETTINGS if peer in tools
+            f"{name} / {peer}": ratio(rates[name], rates[peer]) for name in ours for peer in PEERS if peer in tools
         },
         "agreement": {name: agreement(said[name], reference, name) for name in tools if reference and name != OURS[0]},
     }

@@ -1,4 +1,4 @@
-"""Intervals hold a truth that is known, in about 95 of 100 simulations; benchmarks/coverage.py does it at length."""
+"""Intervals hold a known truth in about 95 of 100 simulations; benchmarks/interval_coverage.py does it at length."""
 
 from __future__ import annotations
 

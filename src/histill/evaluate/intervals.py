@@ -16,8 +16,8 @@ With several seeds their spread is added: what of it the patients do not explain
 degrees of freedom by Satterthwaite (1946). Three seeds know little of their spread, and t says so.
 
 Percentiles of the draws, the usual interval, hold the truth too seldom with few patients; what these hold is simulated
-by ``benchmarks/coverage.py`` (docs/statistics.md). There is no interval over one unit, nor where fewer than one draw in
-ten defines the figure.
+by ``benchmarks/interval_coverage.py`` (docs/statistics.md). There is no interval over one unit, nor where fewer than
+one draw in ten defines the figure.
 """
 
 from __future__ import annotations

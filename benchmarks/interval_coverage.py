@@ -1,6 +1,6 @@
 """How often a 95 % interval holds the truth, on simulated patients whose truth is known.
 
-    python benchmarks/coverage.py [--repeats 500] [--only WHAT]
+    python benchmarks/interval_coverage.py [--repeats 500] [--only WHAT]
 
 Every repeat draws patients of several images each (2 to 8; the latent scores of one patient's images are correlated by
 a half), asks Histill for its intervals, and looks whether they hold the figure that 60,000 patients give.
