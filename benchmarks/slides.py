@@ -474,7 +474,7 @@ def table(found: dict[str, Any]) -> str:
     }
     for what, (title, form) in titles.items():
         for name, its in found[what].items():
-            lines.append(f"{title:<30} {name:<28}{its['median']:{form}} ({its['low']:{form}} to {its['high']:{form}})")
+            lines.append(f"{title:<30} {name:<37}{its['median']:{form}} ({its['low']:{form}} to {its['high']:{form}})")
     for name, its in found["settings"].items():
         if "setting" in its:
             lines.append(f"{name} ran with {its['setting']}")
