@@ -29,7 +29,7 @@ from histill.slides.coarse import compare_tiles
 
 LEARN, LOOK = (11, 12, 13, 14), (3, 4)
 TILES = ["--classes", "benign", "malignant", "--min-kb", "0", "--background"]
-FINE = "--network multi-exit --method self-distillation --weights none --image-size 96 --epochs 6 --lr 0.02"
+FINE = "--network multi-exit --method none --weights none --image-size 96 --epochs 4 --lr 0.01 --schedule cosine"
 WIDE = "--network resnet10t --image-size 96 --epochs 4 --optimizer adamw --lr 1e-3 --schedule cosine --select accuracy"
 CONFIDENT = 0.9
 WHOLE = "whole network"
