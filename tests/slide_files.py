@@ -71,6 +71,45 @@ def write_jpeg_tiff(
     return path
 
 
+def write_dicom(folder: Path, levels: Sequence[Pixels], *, tile: int = 64, mpp: float = 0.5) -> Path:
+    """A series of VL Whole Slide Microscopy instances, one file a level, JPEG baseline (DICOM PS3.3 A.32.8)."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.encaps import encapsulate
+    from pydicom.sequence import Sequence as Items
+    from pydicom.uid import JPEGBaseline8Bit, VLWholeSlideMicroscopyImageStorage, generate_uid
+
+    folder.mkdir()
+    study, series, frame = (generate_uid() for _ in range(3))
+    high, wide = levels[0].shape[:2]
+    for number, level in enumerate(levels):
+        streams, _ = _streams(level, (tile, tile), "4:2:2", False, False)
+        spacing, optics, shared = Dataset(), Dataset(), Dataset()
+        spacing.PixelSpacing = [mpp / 1000 * wide / level.shape[1]] * 2  # mm
+        optics.OpticalPathIdentifier = "1"
+        shared.PixelMeasuresSequence = Items([spacing])
+        one = Dataset()
+        one.SOPClassUID, one.SOPInstanceUID = VLWholeSlideMicroscopyImageStorage, generate_uid()
+        one.StudyInstanceUID, one.SeriesInstanceUID, one.FrameOfReferenceUID = study, series, frame
+        one.Modality, one.PatientID, one.InstanceNumber = "SM", "one", number + 1
+        one.ImageType = [*(("DERIVED", "PRIMARY") if number else ("ORIGINAL", "PRIMARY")), "VOLUME", "NONE"]
+        one.SamplesPerPixel, one.PhotometricInterpretation, one.PlanarConfiguration = 3, "YBR_FULL_422", 0
+        one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 8, 8, 7, 0
+        one.Rows, one.Columns, one.NumberOfFrames = tile, tile, len(streams)
+        one.TotalPixelMatrixRows, one.TotalPixelMatrixColumns = level.shape[:2]
+        one.TotalPixelMatrixFocalPlanes = one.NumberOfOpticalPaths = 1
+        one.DimensionOrganizationType = "TILED_FULL"
+        one.ImagedVolumeHeight, one.ImagedVolumeWidth = high * mpp / 1000, wide * mpp / 1000
+        one.SharedFunctionalGroupsSequence, one.OpticalPathSequence = Items([shared]), Items([optics])
+        one.PixelData = encapsulate(streams)
+        one["PixelData"].VR, one["PixelData"].is_undefined_length = "OB", True
+        one.file_meta = FileMetaDataset()
+        one.file_meta.MediaStorageSOPClassUID = one.SOPClassUID
+        one.file_meta.MediaStorageSOPInstanceUID = one.SOPInstanceUID
+        one.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+        one.save_as(folder / f"level{number}.dcm", enforce_file_format=True)
+    return folder
+
+
 def _streams(
     level: Pixels, tile: tuple[int, int], subsampling: str, rgb: bool, tables: bool
 ) -> tuple[list[bytes], bytes]:

@@ -15,7 +15,7 @@ import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from slide_files import Pixels, Places, picture, slide_of, write_jpeg_tiff
+from slide_files import Pixels, Places, picture, slide_of, write_dicom, write_jpeg_tiff
 
 from histill.errors import BadInput
 from histill.slides import open_slide
@@ -155,6 +155,21 @@ def test_ome_tiff_has_all_its_levels_and_its_microns(tmp_path: Path, compression
         assert np.array_equal(slide.read(0, 0, 230, 170), stored[0])
         assert np.array_equal(slide.read(40, 60, 70, 50, 1), stored[1][30:80, 20:90])
         assert slide.read(220, 160, 20, 20)[15, 15].tolist() == [255, 255, 255]
+
+
+def test_dicom_is_a_folder_or_any_of_its_files(tmp_path: Path) -> None:
+    full = picture(300, 420)
+    folder = write_dicom(tmp_path / "series", [full, full[::2, ::2].copy()])
+    for path in (folder, folder / "level1.dcm"):
+        with open_slide(path) as slide:
+            assert slide.reader == "openslide"
+            assert slide.level_dimensions == ((420, 300), (210, 150))
+            assert slide.mpp == pytest.approx(0.5)
+            for level, wanted in enumerate((full, full[::2, ::2])):
+                high, wide = wanted.shape[:2]
+                read = slide.read(0, 0, wide, high, level)
+                assert np.array_equal(read, reference(folder / "level0.dcm", 0, 0, wide, high, level))
+                assert np.abs(read.astype(int) - wanted).mean() < 8  # JPEG, with colours at half the width
 
 
 def test_fluorescence_is_refused(tmp_path: Path) -> None:
