@@ -51,6 +51,16 @@ def test_json_is_strict_both_ways(tmp_path: Path) -> None:
         read_json(tmp_path / "gone.json")
 
 
+def test_what_a_kill_left_of_a_text_goes_with_the_next_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    old, fresh, other = (tmp_path / f".{name}.tmp" for name in ("a.json.0", "a.json.1", "b.json.0"))
+    for left in (old, fresh, other):
+        left.write_text("{")
+    for left in (old, other):
+        os.utime(left, (0, 0))
+    write_json(tmp_path / "a.json", {})
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", fresh.name, other.name}
+
+
 def test_digests(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert file_digest(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

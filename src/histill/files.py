@@ -59,8 +59,9 @@ def atomic(path: Path, *, durable: bool = False, tidy: bool = False) -> Iterator
         path.parent.mkdir(parents=True, exist_ok=True)
         if tidy:
             for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-                if time.time() - left.stat().st_mtime > _STALE_S:
-                    left.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # somebody else was faster
+                    if time.time() - left.stat().st_mtime > _STALE_S:
+                        left.unlink()
         yield temporary
         if durable:
             _to_disk(temporary)
@@ -151,14 +152,14 @@ def claim(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
-    with atomic(path) as temporary:
+    with atomic(path, tidy=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, durably; NaN and infinities are refused (`ValueError`)."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with atomic(path, durable=True) as temporary:
+    with atomic(path, durable=True, tidy=True) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
