@@ -39,6 +39,21 @@ PARAMETERS = {
 """At 100 classes, as the benchmark and the cervical cell paper have them."""
 
 
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+def test_a_resnet_has_the_parameters_of_its_layers(depth: int) -> None:
+    blocks = (depth - 2) // 6 - 1  # of a stage, beside its first
+
+    def conv(ci: int, co: int, size: int = 3) -> int:
+        return ci * co * size**2 + 2 * co  # with its batch norm
+
+    stages = [conv(16, 16) + conv(16, 16)]
+    stages += [conv(ci, 2 * ci) + conv(2 * ci, 2 * ci) + conv(ci, 2 * ci, 1) for ci in (16, 32)]
+    rest = sum(2 * blocks * conv(width, width) for width in (16, 32, 64))
+    with torch.device("meta"):
+        network = Cifar(f"resnet{depth}")
+    assert sum(p.numel() for p in network.parameters()) == conv(3, 16) + sum(stages) + rest + 64 * 100 + 100
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_counts_are_the_published_ones(name: str) -> None:
     with torch.device("meta"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from histill.errors import BadInput
 from histill.losses import AB, VID, ReviewKD, attention_transfer, hint
+from histill.models import Regressors
 
 
 def maps(*shape: int, seed: int = 0) -> Tensor:
@@ -19,6 +20,21 @@ def maps(*shape: int, seed: int = 0) -> Tensor:
 
 def test_hint_by_hand() -> None:
     assert hint(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 4.0], [0.0, 2.0]])).item() == 2.0
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
+def test_hint_through_a_regressor_is_the_equation(b: int, c_s: int, c_t: int, h: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    regressors = Regressors([c_s], [c_t]).double()
+    student, teacher = maps(b, c_s, h, 3, seed=seed), maps(b, c_t, h, 3, seed=seed + 1)
+    weight, bias = (p.detach().numpy() for p in (regressors[0].weight, regressors[0].bias))
+    total = 0.0
+    for n, c, y, x in np.ndindex(b, c_t, h, 3):
+        wide = bias[c] + sum(weight[c, k, 0, 0] * student[n, k, y, x].item() for k in range(c_s))
+        total += (wide - teacher[n, c, y, x].item()) ** 2
+    (wider,) = regressors([student])
+    assert hint(wider, teacher).item() == pytest.approx(total / (b * c_t * h * 3), abs=1e-12)
 
 
 def test_hint_refuses_to_broadcast() -> None:

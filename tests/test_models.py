@@ -23,9 +23,11 @@ from histill.evaluate.cost import macs
 from histill.models import (
     CSAT,
     SAT,
+    SCAN,
     DSNet,
     KerasHead,
     MACResNet,
+    MSDNet,
     MultiExitResNet18,
     Regressors,
     ResNet18SAT,
@@ -335,6 +337,12 @@ def test_the_crop_draws_each_map_alike() -> None:
 )
 def test_multi_exit_has_the_papers_parameters(stem: str, classes: int, count: int) -> None:
     assert on_meta(MultiExitResNet18, classes, stem) == count
+
+
+def test_what_multi_exit_is_compared_with_has_the_parameters_that_the_page_says() -> None:
+    assert on_meta(MultiExitResNet18, 5, "imagenet", attention=False) == 12_141_708 - 182_784  # three SCAN attentions
+    assert on_meta(SCAN, 5, "cifar") == 12_996_692
+    assert on_meta(MSDNet, 5, "cifar") == 1_489_188
 
 
 @torch.no_grad()
