@@ -205,6 +205,10 @@ def test_the_defaults_are_the_papers(data: Images) -> None:
         assert (made.batch_size, made.epochs, made.image_size) == (8, 50, 512)
         assert made.optimizer.keywords["lr"] == 1e-5  # type: ignore[attr-defined]
         assert [made.schedule(epoch) for epoch in (0, 5, 10, 45)] == pytest.approx([1, 0.5, 1, 0.5])
+    often = mac_resnet.teacher(data, weights="none", epochs=5, period=2)
+    assert [often.schedule(epoch) for epoch in (0, 1, 2, 3, 4)] == pytest.approx([1, 0.5, 1, 0.5, 1])
+    with pytest.raises(BadInput, match="--period 0: at least 1"):
+        mac_resnet.student(data, weights="none", period=0)
     assert student.student.keywords == {
         "classes": 2, "attention": False, "dares": [], "sample_input": False, "spp": False, "weights": None,
     }  # fmt: skip

@@ -34,9 +34,6 @@ RANDOM_COMBINATION = Augment(
 )
 """The paper's operations, each with probability 1/2 (contours 1/10); their strengths are ours."""
 
-PERIOD = 10
-"""Epochs between warm restarts; ours."""
-
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Losses = Literal["focal", "cross-entropy", "label-smoothing"]
 Schedules = Literal["cosine-restarts", "cosine", "constant"]
@@ -115,6 +112,7 @@ def teacher(
     batch_size: int = 8,
     lr: float = 1e-5,
     schedule: Schedules = "cosine-restarts",
+    period: int = 10,
     augment: Augments = "random-combination",
     patience: int | None = None,
     ema: float | None = None,
@@ -141,7 +139,8 @@ def teacher(
         epochs: passes over the training images.
         batch_size: images per step.
         lr: learning rate of Adam.
-        schedule: cosine-restarts (every 10 epochs), cosine or constant.
+        schedule: cosine-restarts, cosine or constant.
+        period: epochs from one restart to the next (the paper does not say).
         augment: random-combination (flips, rotation, saturation, contours, smoothing, noise) or none.
         patience: stop after so many epochs without a better validation figure.
         ema: decay of a moving average of the weights, which is then what is kept.
@@ -174,7 +173,7 @@ def teacher(
         epochs=epochs,
         batch_size=batch_size,
         optimizer=partial(torch.optim.Adam, lr=lr),
-        schedule=_schedule(schedule, epochs),
+        schedule=_schedule(schedule, epochs, period),
         patience=patience,
         ema=ema,
         positive=positive,
@@ -196,6 +195,7 @@ def student(
     batch_size: int = 8,
     lr: float = 1e-5,
     schedule: Schedules = "cosine-restarts",
+    period: int = 10,
     augment: Augments = "random-combination",
     views: int | None = 16,
     temperature: float = 4.0,
@@ -222,7 +222,8 @@ def student(
         epochs: passes over the training images.
         batch_size: images per step.
         lr: learning rate of Adam.
-        schedule: cosine-restarts (every 10 epochs), cosine or constant.
+        schedule: cosine-restarts, cosine or constant.
+        period: epochs from one restart to the next (the paper does not say).
         augment: random-combination (flips, rotation, saturation, contours, smoothing, noise) or none.
         views: distinct views per image; the teacher is asked once for each (none: a new view in every epoch).
         temperature: T of Eq. 3 and 4.
@@ -272,7 +273,7 @@ def student(
         epochs=epochs,
         batch_size=batch_size,
         optimizer=partial(torch.optim.Adam, lr=lr),
-        schedule=_schedule(schedule, epochs),
+        schedule=_schedule(schedule, epochs, period),
         patience=patience,
         ema=ema,
         positive=positive,
@@ -304,7 +305,9 @@ def _augment(name: Augments) -> Augment:
     return RANDOM_COMBINATION if name == "random-combination" else NONE
 
 
-def _schedule(name: Schedules, epochs: int) -> Schedule:
+def _schedule(name: Schedules, epochs: int, period: int) -> Schedule:
+    if period < 1:
+        raise BadInput(f"--period {period}: at least 1")
     if name == "cosine-restarts":
-        return warm_restarts(PERIOD)
+        return warm_restarts(period)
     return cosine(epochs) if name == "cosine" else constant()

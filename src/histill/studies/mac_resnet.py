@@ -93,6 +93,7 @@ def study(
     epochs: int = 50,
     batch_size: int = 8,
     lr: float = 1e-5,
+    period: int = 10,
     weights: str = "auto",
     network: str = "resnet50",
     augment: mac_resnet.Augments = "random-combination",
@@ -115,6 +116,7 @@ def study(
         epochs: passes over the training images, for each row.
         batch_size: images per step.
         lr: learning rate of Adam.
+        period: epochs between the restarts of the learning rate.
         weights: of teachers and students; see mac_resnet.teacher.
         network: the student's.
         augment: see mac_resnet.teacher.
@@ -132,7 +134,7 @@ def study(
         raise BadInput(f"--background {background}: the classes are {', '.join(data.classes)}")
     made = Study(Path(out), range(seed, seed + seeds), {"device": device, "precision": precision})
     common: dict[str, Any] = {"image_size": image_size, "epochs": epochs, "batch_size": batch_size, "lr": lr}
-    common |= {"weights": weights, "augment": augment}
+    common |= {"weights": weights, "augment": augment, "period": period}
     designs = [design for table in tables for design in TABLES.get(table, ("", {"": "mac-resnet"}))[1].values()]
     for design in DESIGNS:
         if design in designs:
@@ -147,10 +149,10 @@ def study(
         learn("alone", taught=False)
         learn("distilled-without-crop", crop_term="none")
         learn("distilled")
-    return _report(made, data, tables, background)
+    return _report(made, data, tables, background, period)
 
 
-def _report(made: Study, data: Images, tables: Sequence[str], background: str | None) -> str:
+def _report(made: Study, data: Images, tables: Sequence[str], background: str | None, period: int) -> str:
     """The tables beside the paper's, the figures, the page."""
     test = {name: made.figures(name) for name in made.runs}
     val = {name: made.figures(name, "val") for name in made.runs}
@@ -160,6 +162,8 @@ def _report(made: Study, data: Images, tables: Sequence[str], background: str | 
         "The paper chose its design on validation; these tables are on validation too, with the test beside them. "
         "What is best here is not chosen: later rows keep the paper's design."
     ]
+    if "5" in tables and len(made.runs["mac-resnet"][0].log) <= period:
+        answer.append(f"Nothing restarts within these epochs (--period {period}): the cosine is half a wave.")
     if "6" in tables:
         sections.append(_by_tumour(made, data, background))
         answer.append(f"MAC-ResNet is right on {share(test['mac-resnet']['accuracy'])} of the test images.")
@@ -254,10 +258,11 @@ def _pictures(made: Study, data: Images, tables: Sequence[str]) -> list[Picture]
     if "4" in tables:
         lines = {row: made.runs[design][0].log["loss"].to_numpy() for row, design in TABLES["4"][1].items()}
         figures.curves(lines, home / "losses.png", ylabel="training loss")
-        first_last = PAPER["losses"]["focal"], PAPER["losses"]["spp"]
+        first_last = (PAPER["losses"][row] for row in ("focal", "spp", "label-smoothing"))
         caption = (
-            "Figure 5: training loss, a point per epoch, first seed (the paper: every second step; focal "
-            "{0[0]} to {0[1]}, cross-entropy {1[0]} to {1[1]}). The losses have no common scale.".format(*first_last)
+            "Figure 5: training loss, a point per epoch, first seed (the paper: every second step; focal {0[0]} to "
+            "{0[1]}, cross-entropy {1[0]} to {1[1]}, label smoothing ends at {2[1]}). The losses have no common "
+            "scale.".format(*first_last)
         )
         shown.append(Picture(home / "losses.png", caption))
     looking = [design for design in DESIGNS if design in made.runs and design != "resnet50"]
