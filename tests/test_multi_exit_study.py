@@ -61,10 +61,46 @@ def test_every_row_is_trained_once_and_shown_beside_the_papers(tmp_path: Path) -
     assert bytes_of(out / "runs") == before
 
 
-def test_what_is_wrong_is_found_before_anything_is_trained(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_tables_of_methods_have_every_row_of_the_papers(tmp_path: Path) -> None:
+    data, out = table(tmp_path / "data"), tmp_path / "study"
+    text = study(data, out=out, **SMALL | {"tables": ("5", "6")})
+    said = json.loads((out / "summary.json").read_text())["test"]
+    five, six = (text.split(f"Table {number}")[1].split("\n\n")[0] for number in (5, 6))
+    for shown, names in ((five, PAPER["5"]), (six, PAPER["6"])):
+        for name in names:
+            assert said["resnet18-kd" if name == "kd" else name]["accuracy"]["value"] >= 0
+        rows = [line for line in shown.splitlines() if " to " in line]
+        assert len(rows) == len(names)
+    assert "ab-boundaries" not in said
+    started = hs.Run.open(out / "runs" / "ab-seed0").info["recipe"]["arguments"]
+    assert (started["method"], started["weights"]) == ("ce", str(out / "runs" / "ab-boundaries-seed0"))
+    used = [hs.Run.open(out / "runs" / f"{name}-seed0").info["optimizer"] for name in ("resnet18", "rkd", "ab", "sskd")]
+    assert used == used[:1] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"tables": ("7",)}, "--tables 7"),
+        ({"methods": ("abc",)}, "--methods abc: one of kd-standardized"),
+        ({"methods": ("kd",)}, "--methods kd: one of"),
+    ],
+)
+def test_what_is_wrong_is_found_before_anything_is_trained(
+    arguments: dict[str, Any], line: str, tmp_path: Path
+) -> None:
     data = table(tmp_path / "data")
-    with pytest.raises(BadInput, match="--tables 7"):
-        study(data, out=tmp_path / "study", **SMALL | {"tables": ("7",)})
+    with pytest.raises(BadInput, match=line):
+        study(data, out=tmp_path / "study", **SMALL | arguments)
+    assert not (tmp_path / "study").exists()
+
+
+def test_without_validation_images_nothing_is_trained(tmp_path: Path) -> None:
+    data = table(tmp_path / "data")
+    data = data.with_frame(data.frame.assign(split=data.frame["split"].replace("val", "train")))
+    with pytest.raises(BadInput, match="no val images"):
+        study(data, out=tmp_path / "study", **SMALL)
     assert not (tmp_path / "study").exists()
 
 

@@ -42,6 +42,14 @@ class Study:
             self.runs[name] = [train(make(s), home, resume=True, **self.machine) for s, home in homes.items()]
         return self.runs[name]
 
+    def run_in_two(
+        self, name: str, first: Callable[[int], Experiment], then: Callable[[int, str], Experiment]
+    ) -> list[Run]:
+        """Run ``first(seed)`` as ``name-boundaries``, AB's first phase, and ``then(seed, its folder)`` as ``name``."""
+        began = self.run(f"{name}-boundaries", first)
+        started = {seed: str(run.path) for seed, run in zip(self.seeds, began, strict=True)}
+        return self.run(name, lambda seed: then(seed, started[seed]))
+
     def judged(self, name: str, split: str = "test") -> list[Judged]:
         """What the runs of a row said, of labels or of masks."""
         return [scores_of(run, split) for run in self.runs[name]]

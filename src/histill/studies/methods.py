@@ -150,9 +150,11 @@ def study(
         if method == "ab":
             phase = {n: v for n, v in common.items() if n != "schedule"}
             phase["epochs"] = max(1, round(settings["epochs"] / 8))
-            made.run(f"{name}-boundaries", lambda s: recipes.pretrain(data, keyed, seed=s, **phase))
-            started = {s: str(run.path) for s, run in zip(made.seeds, made.runs[f"{name}-boundaries"], strict=True)}
-            made.run(name, lambda s: recipes.student(data, seed=s, **learner | {"method": "ce", "weights": started[s]}))
+            made.run_in_two(
+                name,
+                lambda s: recipes.pretrain(data, keyed, seed=s, **phase),
+                lambda s, run: recipes.student(data, seed=s, **learner | {"method": "ce", "weights": run}),
+            )
             objective = recipes.pretrain(data, keyed, **phase).objective
         else:
             made.run(name, lambda s: recipes.student(data, keyed, method=method, seed=s, **learner))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from histill.data.images import Images, read_images
+from histill.data.images import SPLITS, Images, read_images
 from histill.data.splits import split
 from histill.distill import check_unseen
 from histill.errors import BadInput
@@ -23,8 +23,10 @@ from histill.evaluate.metrics import confusion
 from histill.evaluate.report import Picture, Section, Table, difference, share
 from histill.experiment import Experiment
 from histill.recipes import multi_exit
+from histill.recipes.methods import METHODS, pretrain, student, unfit
 from histill.run import Run
 from histill.studies._common import Study, comparison_note
+from histill.teachers import as_teacher
 
 __all__ = ["PAPER", "study"]
 
@@ -66,7 +68,7 @@ PAPER: dict[str, Any] = {
         "rkd": (0.8022, 0.7960),
         "pkt": (0.8057, 0.7944),
         "ab": (0.8121, 0.7950),
-        "crd": (0.8053, 0.7981),
+        "crd-memory": (0.8053, 0.7981),
         "sskd": (0.8029, 0.8036),
         "ours": (0.8227, 0.8056),
     },
@@ -87,6 +89,8 @@ TITLES = {
     "ours": "multi-exit + KD + SD",
 }
 TABLES = ("3", "4", "5", "6")
+OTHERS = {"5": ("fitnet", "at", "vid"), "6": ("fitnet", "at", "vid", "rkd", "pkt", "ab", "crd-memory", "sskd")}
+"""The other methods that a table compares with."""
 
 
 def study(
@@ -108,7 +112,7 @@ def study(
     teacher_lr: float = 0.01,
     schedule: multi_exit.Schedules = "steps",
     tables: Sequence[str] = ("3", "4", "5"),
-    methods: Sequence[str] = ("fitnet", "at", "vid"),
+    methods: Sequence[str] = (),
     loss: float = 0.01,
     seeds: int = 1,
     positive: str | None = None,
@@ -136,8 +140,10 @@ def study(
         lr: learning rate of all students.
         teacher_lr: learning rate of the teacher.
         schedule: steps or cosine, for all.
-        tables: which of 3 (ablation), 4 (exits), 5 (methods) and 6 (the same on CIFAR-100: give that as data).
-        methods: the other methods of Tables 5 and 6, by their names in the recipe methods; KD is there in any case.
+        tables: which of 3 (ablation), 4 (exits), 5 (methods) and 6 (the same on CIFAR-100: give that as data, and a run
+            as the teacher; the column of ResNet-18, as there is no multi-exit ResNet-50).
+        methods: the other methods of Tables 5 and 6, by their names in the recipe methods (default: those that the
+            paper compares); KD is there in any case.
         loss: accuracy that early exit may lose on validation, a share.
         seeds: how many seeds each row has.
         positive: the class that sensitivity and specificity are about (default: the mean over classes).
@@ -147,10 +153,16 @@ def study(
 
     Raises:
         BadInput: see `histill.loop.train`; also a given teacher of another split, test images in the other data set,
-            or an unknown table.
+            an unknown table, a method that is unknown or that the networks do not allow, or a split without images.
     """
     if unknown := sorted(set(tables) - set(TABLES)):
         raise BadInput(f"--tables {unknown[0]}: the study has Tables {', '.join(TABLES)}")
+    if strange := [name for name in methods if name not in METHODS or name in ("ce", "kd")]:
+        raise BadInput(f"--methods {strange[0]}: one of {', '.join(m for m in METHODS if m not in ('ce', 'kd'))}")
+    if missing := [name for name in SPLITS if not data.rows(name)]:
+        raise BadInput(f"{data.root}: no {' or '.join(missing)} images; the study needs all three splits")
+    asked = {"5", "6"} & set(tables)
+    others = tuple(dict.fromkeys(methods or (method for table in sorted(asked) for method in OTHERS[table])))
     made = Study(Path(out), range(seed, seed + seeds), {"device": device, "precision": precision})
     shared: dict[str, Any] = {"image_size": image_size, "positive": positive, "schedule": schedule}
     shared["batch_size"] = batch_size
@@ -177,6 +189,12 @@ def study(
         own["weights"] = start(teacher_network, teacher_weights)
         taught = made.run("teacher", lambda s: multi_exit.teacher(data, seed=s, **own), [seed])[0]
     made.runs["teacher"] = [taught]
+    plain_network = "resnet18_cifar" if stem == "cifar" else "resnet18"
+    if asked:
+        keyed = as_teacher(taught, data.classes)
+        lacking = unfit(data, keyed, network=plain_network, image_size=image_size)
+        if out_of := [name for name in others if name in lacking]:
+            raise BadInput(f"--methods {out_of[0]} with {plain_network}: {lacking[out_of[0]]}")
 
     def learn(name: str, network: str, **arguments: Any) -> None:
         mine = {"epochs": epochs, "lr": lr, "stem": stem, "weights": "none", "network": network} | shared | arguments
@@ -196,28 +214,36 @@ def study(
         learn("msdnet", "msdnet", method="none")
     if set(tables) - {"4"}:
         learn("resnet18-kd", "resnet18", teacher=taught)
-    if {"5", "6"} & set(tables):
-        for method in methods:
-            made.run(method, lambda s, m=method: _other(data, taught, m, stem, epochs, lr, shared, s))  # type: ignore[misc]
-    return _report(made, data, tables, methods, loss)
+    if asked:
+        _others(made, data, taught, others, shared | {"network": plain_network, "epochs": epochs, "lr": lr})
+    return _report(made, data, tables, methods or OTHERS["5"], loss)
 
 
-def _other(
-    data: Images, teacher: Run, method: str, stem: str, epochs: int, lr: float, shared: dict[str, Any], seed: int
-) -> Experiment:
-    """Another method on a ResNet-18 with the same stem, under this paper's optimiser, schedule and views."""
-    from histill.recipes import methods
+def _others(made: Study, data: Images, taught: Run, others: Sequence[str], settings: dict[str, Any]) -> None:
+    """The other methods on a ResNet-18 with the same stem, under this paper's optimiser, schedule and views."""
+    rest = {name: value for name, value in settings.items() if name not in ("schedule", "network")}
+    ours = multi_exit.student(data, network="resnet18", weights="none", **rest, schedule=settings["schedule"])
+    same: dict[str, Any] = {"optimizer": ours.optimizer, "augment": ours.augment, "views": ours.views}
 
-    rest = {name: value for name, value in shared.items() if name != "schedule"} | {"epochs": epochs, "lr": lr}
-    network = "resnet18_cifar" if stem == "cifar" else "resnet18"
-    theirs = methods.student(data, teacher, method=method, network=network, weights="none", seed=seed, **rest)
-    ours = multi_exit.student(data, network="resnet18", weights="none", seed=seed, **rest, schedule=shared["schedule"])
-    return replace(theirs, optimizer=ours.optimizer, schedule=ours.schedule, augment=ours.augment, views=ours.views)
+    def learn(seed: int, method: str, weights: str = "none") -> Experiment:
+        mine = {"network": settings["network"], "weights": weights, "seed": seed} | rest
+        return replace(student(data, taught, method=method, **mine), schedule=ours.schedule, **same)
+
+    def boundaries(seed: int) -> Experiment:
+        mine = {name: value for name, value in rest.items() if name != "positive"} | {"network": settings["network"]}
+        mine["epochs"] = max(1, round(settings["epochs"] / 8))
+        return replace(pretrain(data, taught, weights="none", seed=seed, **mine), **same)
+
+    for method in others:
+        if method == "ab":
+            made.run_in_two(method, boundaries, lambda s, run: learn(s, "ce", run))
+        else:
+            made.run(method, lambda s, m=method: learn(s, m))  # type: ignore[misc]
 
 
 def _report(made: Study, data: Images, tables: Sequence[str], methods: Sequence[str], loss: float) -> str:
     """The tables beside the paper's, the figures, the page."""
-    rows = [name for name in made.runs if not name.startswith("pretrain-")]
+    rows = [name for name in made.runs if not name.startswith("pretrain-") and not name.endswith("-boundaries")]
     names = ["accuracy", "sensitivity", "specificity", "macro_precision", "macro_f1", "f1_of_means"]
     test = {name: figures_over_seeds(made.scores(name), names=names) for name in rows}
     val = {name: figures_over_seeds(made.scores(name, "val"), names=["accuracy"]) for name in rows}
@@ -341,5 +367,5 @@ def _six(test: dict[str, Any]) -> Table:
         ["", "paper, ResNet-50", "paper, ResNet-18", "accuracy"],
         rows,
         "Table 6: CIFAR-100",
-        "Here the student is a ResNet-18, on the images that were given.",
+        "Here the students are a ResNet-18 and the multi-exit ResNet-18, on the images that were given.",
     )
