@@ -112,6 +112,11 @@ def tuned(start: str, name: str, images: Images, weights: str, out: Path, rate: 
     return hs.train(rckd.finetune(few, select=METRIC[name], **settings), home, resume=True)
 
 
+def points(gain: dict[str, float]) -> str:
+    """A difference in percentage points, with its interval."""
+    return f"{100 * gain['value']:+.1f} ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
@@ -153,13 +158,18 @@ def main() -> None:
             cell = [f"{100 * found[metric]['value']:.1f} % ({100 * found[metric]['low']:.1f} to "
                     f"{100 * found[metric]['high']:.1f})", "-"]  # fmt: skip
             if start != "random":
-                gain = paired_gain(rows[name]["random"], rows[name][start], names=[metric])
-                row["gain"] = gain
-                g = gain[metric]
-                cell[1] = f"{100 * g['value']:+.1f} ({100 * g['low']:+.1f} to {100 * g['high']:+.1f})"
+                row["gain"] = paired_gain(rows[name]["random"], rows[name][start], names=[metric])
+                cell[1] = points(row["gain"][metric])
             shown.setdefault(name, {})[start] = row
             cells += f"{cell[0]:30}{cell[1]:30}"
         lines.append(f"{title:38}{cells}".rstrip())
+    if {"rckd", "barlow-twins"} <= set(starts):
+        cells = ""
+        for name in sets:
+            gain = paired_gain(rows[name]["barlow-twins"], rows[name]["rckd"], names=[METRIC[name]])
+            shown[name]["rckd"]["gain_over_barlow_twins"] = gain
+            cells += f"{points(gain[METRIC[name]]):60}"
+        lines.append(f"{'RCKD minus Barlow Twins':38}{cells}".rstrip())
     lines.append(
         f"CSAT; mean of {len(SEEDS)} fine-tunings, 95 % interval over patients and repeats; "
         "differences in points, paired."

@@ -251,3 +251,5 @@ def test_the_command_prints_every_model_with_licence_and_page(capsys: pytest.Cap
         assert f"\n{card.name} " in said
         assert card.page in said
         assert card.licence in said
+        assert f" {card.pooling} " in said
+        assert f"minus {' '.join(f'{v:g}' for v in card.mean)}, over {' '.join(f'{v:g}' for v in card.std)}" in said

@@ -92,6 +92,20 @@ def test_tokens_are_compared_at_the_smaller_map() -> None:
         last_map(outputs(pooled=torch.zeros(2, 6)))
 
 
+def test_tokens_alone_need_no_embedding(images: Images) -> None:
+    torch.manual_seed(0)
+    objective = Matched(6, 3, [], [5, 5])
+    assert objective.projection is None
+    said = outputs(tokens0=torch.randn(2, 5, 4, 4), tokens1=torch.randn(2, 5, 4, 4))
+    terms = objective(outputs(stage1=torch.randn(2, 3, 4, 4), pooled=torch.randn(2, 6)), said, BATCH)
+    assert {name: weight for name, (weight, _) in terms.items()} == {"tokens0": 0.5, "tokens1": 0.5}
+    assert quick(images, teacher(), targets="tokens").cache_outputs == ("tokens0",)
+    with pytest.raises(BadInput, match="--nested is of embeddings"):
+        quick(images, teacher(), targets="tokens", nested=(8,))
+    with pytest.raises(BadInput, match="--targets cls: pooled, tokens or both"):
+        quick(images, teacher(), targets="cls")
+
+
 def test_a_student_that_is_a_rotation_of_the_teacher_has_nothing_left_to_learn() -> None:
     torch.manual_seed(0)
     objective = Matched(4, None, [4])
@@ -105,7 +119,7 @@ def test_a_student_that_is_a_rotation_of_the_teacher_has_nothing_left_to_learn()
 
 
 def test_the_experiment_is_what_was_asked_for(images: Images) -> None:
-    made = quick(images, [teacher(0), teacher(1, 16)], tokens=True, nested=(8, 32), weights="none", lr=0.01)
+    made = quick(images, [teacher(0), teacher(1, 16)], targets="both", nested=(8, 32), weights="none", lr=0.01)
     assert made.cache_outputs == ("pooled0", "tokens0", "pooled1", "tokens1")
     assert (made.select, made.views, made.data.classes) == ("last", 2, ())
     assert isinstance(made.teacher, Several)
@@ -136,14 +150,14 @@ def test_what_cannot_be_is_one_line(images: Images, folder: Path) -> None:
         quick(images, "uni3")
     torch.manual_seed(0)
     with pytest.raises(NoOutput, match="no output named 'tokens'"):
-        quick(images, Frozen(Timm("test_resnet", 3)), tokens=True)
+        quick(images, Frozen(Timm("test_resnet", 3)), targets="both")
 
 
 def test_a_run_learns_embeddings_resumes_nothing_lost_and_starts_another(
     images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("histill.evaluate.unjudged.finish", no_page)
-    run = hs.train(quick(images, teacher(), epochs=6, tokens=True, nested=(16,), lr=3e-3), tmp_path / "run")
+    run = hs.train(quick(images, teacher(), epochs=6, targets="both", nested=(16,), lr=3e-3), tmp_path / "run")
     log = run.log
     assert log["raw/embedding0"].iloc[-1] < 0.8 * log["raw/embedding0"].iloc[0]
     assert log["raw/tokens0"].iloc[-1] < log["raw/tokens0"].iloc[0]

@@ -23,6 +23,14 @@ def test_hint_by_hand() -> None:
 
 
 @settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(0, 99))
+def test_hint_is_the_equation(shape: list[int], seed: int) -> None:
+    student, teacher = maps(*shape, seed=seed), maps(*shape, seed=seed + 1)
+    total = sum((student[place].item() - teacher[place].item()) ** 2 for place in np.ndindex(*shape))
+    assert hint(student, teacher).item() == pytest.approx(total / math.prod(shape), abs=1e-12)
+
+
+@settings(deadline=None, max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
 def test_hint_through_a_regressor_is_the_equation(b: int, c_s: int, c_t: int, h: int, seed: int) -> None:
     torch.manual_seed(seed)

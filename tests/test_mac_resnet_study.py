@@ -32,7 +32,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tables_share_their_rows_and_stand_beside_the_papers(tmp_path: Path) -> None:
     data, out = table(tmp_path / "data", 32), tmp_path / "study"
     tables = ("4", "5", "6", "distilled")
-    text = study(data, out=out, tables=tables, background="benign", **SMALL)
+    text = study(data, out=out, tables=tables, background="benign", period=2, **SMALL)
     teachers = {"spp", "label-smoothing", "focal", "mac-resnet"}
     students = {"alone", "distilled", "distilled-without-crop"}
     assert {path.name for path in (out / "runs").iterdir()} == {f"{name}-seed0" for name in teachers | students}
@@ -48,6 +48,9 @@ def test_tables_share_their_rows_and_stand_beside_the_papers(tmp_path: Path) -> 
     assert gain == pytest.approx(right["distilled"] - right["alone"])
     for shown in ("0.8857 0.8835 0.8704 0.8945 0.8620 0.8710 0.9153", "0.9023", "BCC 96.8 %", "Eq. 4 alone"):
         assert shown in text, shown
+    assert {run.info["recipe"]["arguments"]["period"] for run in runs.values()} == {2}
+    assert "Nothing restarts within these epochs (--period 2)" in text
+    assert "label smoothing ends at 0.74" in (out / "report.html").read_text()
     by_class = text.split("Table 6")[1].split("One class against")[0]
     assert "malignant" in by_class
     assert "benign" not in by_class
@@ -55,7 +58,7 @@ def test_tables_share_their_rows_and_stand_beside_the_papers(tmp_path: Path) -> 
         picture = np.asarray(Image.open(out / "figures" / f"{name}.png").convert("RGB"))
         assert picture.std() > 10
     before = bytes_of(out / "runs")
-    study(data, out=out, tables=tables, background="benign", **SMALL)
+    study(data, out=out, tables=tables, background="benign", period=2, **SMALL)
     assert bytes_of(out / "runs") == before
 
 

@@ -340,9 +340,25 @@ def test_multi_exit_has_the_papers_parameters(stem: str, classes: int, count: in
 
 
 def test_what_multi_exit_is_compared_with_has_the_parameters_that_the_page_says() -> None:
-    assert on_meta(MultiExitResNet18, 5, "imagenet", attention=False) == 12_141_708 - 182_784  # three SCAN attentions
+    # An attention of c channels: two depthwise 3x3, two 1x1, three norms: 18 c + 2 c^2 + 6 c; c is 64, 128, 256.
+    attention = sum(24 * c + 2 * c * c for c in (64, 128, 256))
+    assert attention == 182_784
+    assert on_meta(MultiExitResNet18, 5, "imagenet", attention=False) == 12_141_708 - attention
     assert on_meta(SCAN, 5, "cifar") == 12_996_692
     assert on_meta(MSDNet, 5, "cifar") == 1_489_188
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("convnext_small", 49_458_533),
+        ("convnext_base", 87_571_589),
+        ("swin_small_patch4_window7_224", 48_841_103),
+        ("swin_base_patch4_window7_224", 86_748_349),
+    ],
+)
+def test_the_larger_sizes_of_kd_convnext_have_their_parameters(name: str, count: int) -> None:
+    assert on_meta(Timm, name, 5) == count
 
 
 @torch.no_grad()

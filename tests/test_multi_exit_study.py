@@ -77,6 +77,9 @@ def test_the_tables_of_methods_have_every_row_of_the_papers(tmp_path: Path) -> N
     assert (started["method"], started["weights"]) == ("ce", str(out / "runs" / "ab-boundaries-seed0"))
     used = [hs.Run.open(out / "runs" / f"{name}-seed0").info["optimizer"] for name in ("resnet18", "rkd", "ab", "sskd")]
     assert used == used[:1] * 4
+    more = study(data, out=out, **SMALL | {"tables": ("6",), "methods": ("crd",)})  # not the published form
+    (row,) = (line for line in more.split("Table 6")[1].splitlines() if line.startswith("crd "))
+    assert row.split()[1:3] == ["-", "-"]
 
 
 @pytest.mark.parametrize(

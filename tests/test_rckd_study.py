@@ -81,6 +81,36 @@ def test_every_kind_of_row_runs_once_and_stands_beside_the_paper(
     assert first.info["data"]["split_hash"] != second.info["data"]["split_hash"]
 
 
+@pytest.mark.slow
+def test_every_table_and_figure_of_the_paper_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "tissue", patients=8, images_per_patient=2, size=64, masks=True)
+    nuclei = split(read_masks(tmp_path / "tissue/manifest.csv", kind="instances"), val=0.25, test=0.25)
+    hs.train(rckd.teacher(nuclei, epochs=1, image_size=64, select="last"), tmp_path / "teacher")
+    rows = {
+        "3": tuple((m, "test_resnet") for m in ("random", "barlow-twins", "moco", "supervised", "rckd")),
+        "4": (("supervised", "test_efficientnet"), ("rckd", "test_efficientnet")),
+        "5": (("supervised", "test_resnet"), ("simclr", "test_resnet"), ("mae", "test_vit")),
+    }
+    monkeypatch.setattr(studied, "ROWS", {table: (ROWS[table][0], pairs) for table, pairs in rows.items()})
+    paper = {**PAPER["rows"], **dict.fromkeys({p for pairs in rows.values() for p in pairs}, tuple(range(8)))}
+    monkeypatch.setitem(PAPER, "rows", paper)
+    monkeypatch.setitem(PAPER, "imagenet", {"test_resnet": 75.7, "test_efficientnet": 76.2})
+    data, out = table(tmp_path / "labels", 60, size=40), tmp_path / "study"
+    table(tmp_path / "others", 40, size=44)
+    sizes = {"image_size": 64, "pretrain_image_size": 32, "sizes": (32, 64), "seeds": 1, "head_width": 16}
+    given: dict[str, Any] = {"unlabelled": tmp_path / "tissue/images", "teacher": str(tmp_path / "teacher")}
+    text = study(data, out=out, labelled=tmp_path / "others", **given, **TINY | sizes)
+    for shown in ("Table 3", "Table 4", "Table 5", "Table 6: SAT", "Figure 5", "MAE", "75.7 %", "over MoCo v2"):
+        assert shown in text, shown
+    page = (out / "report.html").read_text()
+    for shown in ("Figure 3", "Figure 5", "Figures 6 to 8", "Figure 10", "RCKD 92.8 %", "self-supervised 78.9 %"):
+        assert shown in page, shown
+    for name in ("pseudo-labels", "search", "pretraining", "balls"):
+        assert (out / f"figures/{name}.png").stat().st_size > 5_000
+    gains = json.loads((out / "summary.json").read_text())["gain_over_self_supervised"]
+    assert set(gains) == {f"rckd-test_resnet-labels over {other}" for other in ("barlow-twins", "moco", "simclr")}
+
+
 def test_without_patches_or_a_segmenter_the_line_says_what_to_give(tmp_path: Path, capsys: Any) -> None:
     table(tmp_path / "d", 40)
     assert cli.run(["study", "rckd", "--data", str(tmp_path / "d"), "--out", str(tmp_path / "o")]) == 2

@@ -75,6 +75,25 @@ def test_keras_resnet_takes_a_plain_resnet_and_its_own_run(tmp_path: Path) -> No
     assert same(KerasHead("resnet50", 2, weights=str(tmp_path / "own.safetensors")), network)
 
 
+def test_a_transformers_positions_follow_the_image_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    large = Timm("test_vit", 3, img_size=96)
+    with torch.no_grad():  # so that what is resampled is known: x of a place
+        grid = torch.arange(6.0).repeat(6)[None, :, None]
+        large.network.pos_embed[:, -36:] = grid
+    save_file(large.state_dict(), tmp_path / "large.safetensors")
+    small = Timm("test_vit", 3, str(tmp_path / "large.safetensors"), img_size=48)
+    places = small.network.pos_embed.detach()[:, -9:, 0].reshape(3, 3)
+    torch.testing.assert_close(places, places[:1].expand(3, 3))
+    assert places[0, 1].item() == pytest.approx(2.5)
+    assert 0 < places[0, 0] < places[0, 1] < places[0, 2] < 5
+    torch.testing.assert_close(small.network.blocks[0].attn.qkv.weight, large.network.blocks[0].attn.qkv.weight)
+    cut = {n: t[:, :-1] if n.endswith("pos_embed") else t for n, t in large.state_dict().items()}
+    save_file({n: t.contiguous() for n, t in cut.items()}, tmp_path / "cut.safetensors")
+    with pytest.raises(BadInput, match="pos_embed"):
+        Timm("test_vit", 3, str(tmp_path / "cut.safetensors"), img_size=48)
+
+
 def test_what_a_file_leaves_unfilled_is_said(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     state = dict(DSNet(image_size=32).state_dict())

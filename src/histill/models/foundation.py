@@ -419,11 +419,14 @@ def _renamed(name: str, names: tuple[tuple[str, str], ...]) -> str | None:
 def table() -> str:
     """The models as text: what they are on one line, licence and access and when to use them below."""
     width = max(map(len, CARDS)) + 2
-    lines = [f"{'name':<{width}}{'width':>5}  {'patch':>5}  {'parameters':>10}  {'microns per pixel':<20}licence"]
+    lines = [f"{'name':<{width}}{'width':>5}  {'pooling':<9}{'patch':>5}  {'parameters':>10}  {'um/px':<16}licence"]
     for card in CARDS.values():
         size = f"{card.parameters / 1e6:,.0f} M"
         mpp = ", ".join(f"{value:g}" for value in sorted(card.mpp))
-        lines.append(f"{card.name:<{width}}{card.width:>5}  {card.patch:>5}  {size:>10}  {mpp:<20}{card.licence}")
+        known = f"{card.width:>5}  {card.pooling:<9}{card.patch:>5}  {size:>10}  {mpp:<16}{card.licence}"
+        lines.append(f"{card.name:<{width}}{known}")
+        mean, std = (" ".join(f"{v:g}" for v in values) for values in (card.mean, card.std))
+        lines.append(f"{'':<{width}}pixels in [0, 1] minus {mean}, over {std}")
         lines.append(f"{'':<{width}}{card.use}")
         lines.append(f"{'':<{width}}{card.access}; {card.page}")
     lines.append(

@@ -6,6 +6,7 @@ Nothing is unpickled but tensors, and nothing is fetched unless an address or ``
 from __future__ import annotations
 
 import hashlib
+import math
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -72,6 +73,8 @@ def fill(
 ) -> None:
     """Give ``module`` the tensors of the same names and shapes, as `load_weights` does.
 
+    A vision transformer's positions are resampled where the image size is another.
+
     Args:
         module: The network to fill.
         given: Named tensors.
@@ -85,7 +88,7 @@ def fill(
     given = {_bare(name): tensor for name, tensor in given.items()}
     own = module.state_dict()
     fresh = (*fresh, "*num_batches_tracked")
-    found = {name: given[_bare(name)] for name in own if _bare(name) in given}
+    found = {name: _placed(module, name, given[_bare(name)]) for name in own if _bare(name) in given}
     fitting = {name: tensor for name, tensor in found.items() if tensor.shape == own[name].shape}
     unfilled = [
         f"{name} {_shape(own[name])}" + (f" (file: {_shape(found[name])})" if name in found else "")
@@ -103,6 +106,24 @@ def fill(
     except RuntimeError as error:
         why = " ".join(str(error).split())[:200]
         raise BadInput(f"{source} does not fit {type(module).__name__}: {why}") from None
+
+
+def _placed(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A transformer's learnt positions, resampled where it looks at images of another size (timm's bicubic)."""
+    home, _, last = name.rpartition(".")
+    owner = module.get_submodule(home)
+    grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
+    if last != "pos_embed" or grid is None or tensor.ndim != 3:
+        return tensor
+    prefix = 0 if getattr(owner, "no_embed_class", False) else int(getattr(owner, "num_prefix_tokens", 1))
+    places = max(tensor.shape[1] - prefix, 0)
+    side = math.isqrt(places)
+    if side == 0 or side**2 != places or tuple(grid) == (side, side):
+        return tensor
+    from timm.layers import resample_abs_pos_embed  # timm is there: the network is one of its own
+
+    placed: Tensor = resample_abs_pos_embed(tensor, list(grid), num_prefix_tokens=prefix)
+    return placed
 
 
 def read_weights(weights: str | Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from histill.types import Batch, Outputs, Terms
 __all__ = ["finetune", "pretrain"]
 
 Match = Literal["cosine", "mse", "relation"]
+Targets = Literal["pooled", "tokens", "both"]
 Source = Run | Keyed | Path | str
 
 TILE = Augment(hflip=True, vflip=True, rotate=180, zoom=0.2, brightness=0.1, contrast=0.1, saturation=0.1, hue=0.05)
@@ -55,7 +56,7 @@ class Matched(nn.Module):
     Args:
         width: of z.
         channels: of f; None without tokens.
-        teachers: widths of the e_t.
+        teachers: widths of the e_t (none: the tokens alone).
         tokens: widths of the tokens_t.
         match: the loss.
         nested: widths m below that of z.
@@ -72,26 +73,27 @@ class Matched(nn.Module):
         nested: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.teachers, self.widths = len(teachers), check_nested(width, nested)
+        self.share, self.pooled = 1 / max(len(teachers), len(tokens)), len(teachers)
+        self.widths = check_nested(width, nested)
         self.projection = None
-        if match != "relation":
+        if match != "relation" and teachers:
             loss = cosine if match == "cosine" else hint
             self.projection = Projection(width, teachers, nested=nested, loss=loss)
         self.maps = nn.ModuleList(nn.Conv2d(channels or 0, out, 1) for out in tokens)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
-        z, said = student["pooled"], [teacher[f"pooled{t}"] for t in range(self.teachers)]
+        z, said = student["pooled"], [teacher[f"pooled{t}"] for t in range(self.pooled)]
         terms: dict[str, tuple[float, Tensor]] = {}
         if self.projection is not None:
             for t, loss in enumerate(self.projection.each(z, said)):
-                terms[f"embedding{t}"] = (1 / self.teachers, loss)
+                terms[f"embedding{t}"] = (self.share, loss)
         else:
             for t, e in enumerate(said):
                 loss = torch.stack([rkd_distance(z[:, :m], e) for m in self.widths]).sum()
-                terms[f"relation{t}"] = (1 / self.teachers, loss)
+                terms[f"relation{t}"] = (self.share, loss)
         for t, projected in enumerate(self.maps):
             pair = _same_size(projected(last_map(student)), teacher[f"tokens{t}"])
-            terms[f"tokens{t}"] = (1 / self.teachers, smooth_l1(*pair))
+            terms[f"tokens{t}"] = (self.share, smooth_l1(*pair))
         return terms
 
 
@@ -104,7 +106,7 @@ def last_map(outputs: Outputs) -> Tensor:
     for name in reversed(list(outputs)):
         if name.startswith(("stage", "layer")) and outputs[name].ndim == 4:
             return outputs[name]
-    raise BadInput("this network names no feature maps, so no tokens can be matched; leave out --tokens")
+    raise BadInput("this network names no feature maps, so no tokens can be matched; give --targets pooled")
 
 
 @recipe
@@ -115,7 +117,7 @@ def pretrain(
     network: str = "CSAT",
     weights: str = "none",
     match: Match = "cosine",
-    tokens: bool = False,
+    targets: Targets = "pooled",
     nested: tuple[int, ...] = (),
     image_size: int = 224,
     epochs: int = 100,
@@ -137,35 +139,40 @@ def pretrain(
             said aloud.
         match: cosine or mse, through a linear map to the teacher's width, or relation: how far images lie
             apart, without a map.
-        tokens: match the teacher's tokens as well, with the student's last feature map.
+        targets: what of the teacher is matched: pooled, its embedding; tokens, those of its patches, with the student's
+            last feature map; or both.
         nested: widths at which the first numbers of the student's embedding are one by themselves (Matryoshka).
         image_size: height and width in pixels that the student sees; the teacher sees the same views at its own.
         epochs: passes over the images.
         batch_size: images per step.
         lr: learning rate of AdamW at its peak; an epoch of warm-up, half a cosine down.
         views: distinct views per image; the teacher is asked once for each, and its answers are kept on disk: 6 kB
-            per view of 1536 numbers, 1.6 MB with tokens (none: a new view in every epoch, and nothing is kept).
+            per view of 1536 numbers, 1.6 MB of its tokens (none: a new view in every epoch, and nothing is kept).
         measured: on how many images, at most, each teacher's mean and deviation are measured.
         strict: an unreadable image is an error.
         seed: of everything random.
 
     Raises:
-        BadInput: no teacher, labelled images, a nested width that is none, or tokens where there are none.
+        BadInput: no teacher, labelled images, a nested width that is none, or targets that are not there.
     """
     sources = list(teacher) if isinstance(teacher, list | tuple) else [] if teacher is None else [teacher]
     if not sources:
         raise BadInput("foundation.pretrain learns from embeddings: give --teacher uni2-h, a run, or a folder of them")
-    if match not in ("cosine", "mse", "relation"):
+    if match not in get_args(Match):
         raise BadInput(f"--match {match}: cosine, mse or relation")
+    if targets not in get_args(Targets):
+        raise BadInput(f"--targets {targets}: pooled, tokens or both")
+    if targets == "tokens" and nested:
+        raise BadInput("--nested is of embeddings: give --targets pooled or both")
     if unlabelled.classes:
         raise BadInput("foundation.pretrain takes images without labels (read_unlabelled); labels are for fine-tuning")
     make = backbone(network, image_size, 0)
     own = _said(make, image_size)
-    channels = last_map(own).shape[1] if tokens else None
+    channels = last_map(own).shape[1] if targets != "pooled" else None
     check_nested(own["pooled"].shape[1], nested)
 
     packed = pack(unlabelled, image_size, strict=strict)
-    heard = ("pooled", "tokens") if tokens else ("pooled",)
+    heard = ("pooled", "tokens") if targets == "both" else (targets,)
     opened = [bound(open_teacher(source), packed.images) for source in sources]
     known = [standardise(one, packed, outputs=heard, most=measured) for one in opened]
     return Experiment(
@@ -174,8 +181,8 @@ def pretrain(
         objective=Matched(
             own["pooled"].shape[1],
             channels,
-            _widths(known, "pooled"),
-            _widths(known, "tokens") if tokens else (),
+            _widths(known, "pooled") if "pooled" in heard else (),
+            _widths(known, "tokens") if "tokens" in heard else (),
             match=match,
             nested=nested,
         ),

@@ -72,6 +72,7 @@ METHODS = {
     "supervised": "supervised",
     "rckd": "RCKD",
 }
+SELF_SUPERVISED = ("barlow-twins", "moco", "simclr", "mae")
 ROWS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     "3": (
         "Table 3: pretraining",
@@ -86,6 +87,7 @@ ROWS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         (("supervised", "densenet121"), ("simclr", "resnet18"), ("mae", "vit_base_patch16_224")),
     ),
 }
+MEANS = {"rckd": "RCKD", "supervised": "supervised", "self-supervised": "self-supervised"}
 Tables = Literal["3", "4", "5", "6", "search"]
 
 
@@ -317,13 +319,17 @@ def _metric(data: Images) -> str:
 
 def _report(work: _Work, tables: Sequence[str], search: dict[tuple[int, float, str], str], sat: dict[str, Run]) -> str:
     made = work.made
-    summary: dict[str, Any] = {"rows": {}, "gain": {}, "search_validation": {}, "sat_validation": {}}
+    summary: dict[str, Any] = {"rows": {}, "gain": {}, "gain_over_self_supervised": {}}
+    summary |= {"search_validation": {}, "sat_validation": {}}
     for name in work.sets:
         for pair in dict.fromkeys(p for t in ("3", "4", "5") if t in tables for p in ROWS[t][1]):
             if (row := f"{pair[0]}-{pair[1]}-{name}") in made.runs:
                 summary["rows"][row] = made.figures(row)
                 if pair[0] != "random" and (base := f"random-{pair[1]}-{name}") in made.runs:
                     summary["gain"][row] = made.gain(row, base)
+                for other in SELF_SUPERVISED if pair[0] == "rckd" else ():
+                    if (theirs := f"{other}-{pair[1]}-{name}") in made.runs:
+                        summary["gain_over_self_supervised"][f"{row} over {other}"] = made.gain(row, theirs)
     sections: list[Section] = []
     for table in ("3", "4", "5"):
         if table in tables:
@@ -393,22 +399,31 @@ def _pictures(work: _Work, summary: dict[str, Any]) -> list[Section]:
     sections: list[Section] = [
         Picture(home / "pseudo-labels.png", "Figure 3: what the segmenter says of unlabelled patches.", "Figures")
     ]
-    name, data = next(iter(work.sets.items()))
-    metric = _metric(data)
-    rows = {row: f[metric] for row, f in summary["rows"].items() if row.endswith(f"-{name}")}
-    if len(rows) > 1:
+    for number, (name, data) in enumerate(work.sets.items()):
+        metric, suffix = _metric(data), f"-{number + 1}" if number else ""
+        rows = {row: f[metric] for row, f in summary["rows"].items() if row.endswith(f"-{name}")}
+        if len(rows) < 2:
+            continue
         titles = {row: row.removesuffix(f"-{name}") for row in rows}
-        figures.bars({titles[row]: f for row, f in rows.items()}, home / "pretraining.png", xlabel=f"test {metric}")
+        bars, round_ = home / f"pretraining{suffix}.png", home / f"balls{suffix}.png"
+        figures.bars({titles[row]: f for row, f in rows.items()}, bars, xlabel=f"test {metric}")
         balls = []
         for row, figure in rows.items():
             run = work.made.runs[row][0]
             network, size = run.network(), run.image_size
             weights = sum(p.numel() for p in network.parameters())
             balls.append((titles[row], macs(network, size) / 1e9, figure["value"], weights / 1e6))
-        figures.balls(balls, home / "balls.png", ylabel=f"test {metric}")
+        figures.balls(balls, round_, ylabel=f"test {metric}")
+        paper = ", ".join(f"{title} {PAPER['means'][key]} %" for key, title in MEANS.items())
         sections += [
-            Picture(home / "pretraining.png", f"Figures 6 to 8: {name}, mean over the repeats with 95 % intervals."),
-            Picture(home / "balls.png", "Figure 10: accuracy against multiply-accumulates; areas are parameters."),
+            Picture(
+                bars, f"Figures 6 to 8: {name}, mean over the repeats with 95 % intervals; the paper's in the tables."
+            ),
+            Picture(
+                round_,
+                f"Figure 10: {name}, {metric} against multiply-accumulates; areas are parameters. The paper's means "
+                f"over backbones and its four labelled sets: {paper}.",
+            ),
         ]
     return sections
 
@@ -432,9 +447,12 @@ def _words(work: _Work) -> Text:
 def _answer(work: _Work, summary: dict[str, Any]) -> str:
     lines = []
     for name, data in work.sets.items():
-        for network in ("CSAT", "resnet18"):
+        for network in dict.fromkeys(network for _, network in ROWS["3"][1]):
             if (row := f"rckd-{network}-{name}") in summary["gain"]:
                 metric = _metric(data)
                 gain, own = summary["gain"][row][metric], summary["rows"][row][metric]
-                lines.append(f"{network} on {name}: {share(own)} with RCKD, {difference(gain)} over random weights.")
+                line = f"{network} on {name}: {share(own)} with RCKD, {difference(gain)} over random weights"
+                others = {o: summary["gain_over_self_supervised"].get(f"{row} over {o}") for o in SELF_SUPERVISED}
+                over = [f"{difference(g[metric])} over {METHODS[o]}" for o, g in others.items() if g is not None]
+                lines.append(f"{', '.join([line, *over])}.")
     return " ".join(lines) or "No row with RCKD and random weights was run."
