@@ -20,7 +20,9 @@ import histill as hs
 from histill import cli
 from histill.data import Images
 from histill.data.views import NONE
+from histill.distill import distill
 from histill.errors import BadInput
+from histill.evaluate.finish import finish
 from histill.losses import cross_entropy, focal
 from histill.models import MACResNet, Timm, attention_crop
 from histill.models import mac_resnet as network
@@ -279,6 +281,18 @@ def test_teacher_and_student_train_from_the_command_line(data: Images, tmp_path:
     terms = 0.25 * log["raw/hard"] + 0.25 * log["raw/soft"] + 0.5 * log["raw/crop"]
     assert log["loss"].tolist() == pytest.approx(terms.tolist())
     assert hs.Run.open(taught).info["network"]["arguments"]["dares"] == ["layer2"]
+
+
+@pytest.mark.slow
+def test_pages_show_what_the_teacher_looks_at(data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("histill.evaluate.finish.finish", finish)
+    monkeypatch.setattr("histill.distill.deliver", lambda *some: {"efficiency": {}, "export": {}})
+    common: dict[str, Any] = {"image_size": 64, "epochs": 1, "weights": "none"}
+    student = common | {"network": "test_resnet", "views": 1}
+    distill("mac-resnet", data.root, tmp_path, precision="32-true", student_arguments=student, teacher_arguments=common)
+    for home, shown in ((tmp_path, True), (tmp_path / "teacher", True), (tmp_path / "student_alone", False)):
+        assert (home / "figures" / "attention.png").is_file() == shown
+        assert ("looks at: the mean of its maps, the mask, the crop" in (home / "report.html").read_text()) == shown
 
 
 @pytest.mark.slow

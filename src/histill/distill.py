@@ -18,6 +18,7 @@ from histill.data.splits import split
 from histill.deploy.deliver import deliver
 from histill.errors import BadInput
 from histill.evaluate import figures
+from histill.evaluate.attention import looked_at
 from histill.evaluate.calibration import fit_temperature
 from histill.evaluate.finish import class_rows, counts, gallery_of, predictions, scores, settings, tempered
 from histill.evaluate.intervals import figures_over_seeds, figures_with_intervals, paired_gain
@@ -207,6 +208,11 @@ def _prove(recipe: str, out: Path, images: Images, runs: list[dict[str, Run]]) -
     summary: dict[str, Any] = {"recipe": recipe, "test": test}
     pictures = _pictures(out, images, {r: s[0] for r, s in judged.items()}, test, tables[0]["student_distilled"])
     chosen = first["student_distilled"]
+    said, seen = tables[0]["teacher"], out / "figures" / "attention.png"
+    if looked_at(first["teacher"], said[said["split"] == "test"], images.root, seen):
+        pictures.append(
+            Picture(seen, "What the teacher looks at: the mean of its maps, the mask, the crop; test images.")
+        )
     page = partial(
         distill_report,
         out,

@@ -15,11 +15,13 @@ from histill.data.decode import load
 from histill.data.images import Images
 from histill.errors import BadInput
 from histill.evaluate import figures
+from histill.evaluate.attention import looked_at
 from histill.evaluate.calibration import fit_temperature
 from histill.evaluate.intervals import figures_with_intervals, per_class_table
 from histill.evaluate.metrics import METRICS, Scores, confusion, reliability, roc_curve
 from histill.evaluate.report import Picture, Table, run_report, share, shown
 from histill.files import write_json
+from histill.run import Run
 
 __all__ = [
     "class_rows",
@@ -173,6 +175,10 @@ def finish(out: Path, info: dict[str, Any]) -> None:
         figures.confusion(confusion(judged), classes, out / "figures" / "confusion.png")
         pictures.append(Picture(out / "figures" / "confusion.png", f"Confusion matrix, {last} images."))
         pictures.append(Picture(_roc(judged, classes, metrics[last], out), f"ROC, {last} images."))
+        seen, run = out / "figures" / "attention.png", Run.open(out)
+        if looked_at(run, table[table["split"] == last], run.data.root, seen):
+            caption = f"What it looks at: the mean of its maps, the mask, the crop; {last} images."
+            pictures.append(Picture(seen, caption))
         tables += [class_rows(judged, classes), *exit_rows(table, classes, list(by_split))]
     write_json(out / "metrics.json", metrics)
     shown = {s: {k: v for k, v in metrics[s].items() if k in (*METRICS, *EXTRA)} for s in by_split}

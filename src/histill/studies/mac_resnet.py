@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from histill.data.decode import load
 from histill.data.images import Images
 from histill.errors import BadInput
 from histill.evaluate import figures
+from histill.evaluate.attention import looked_at
 from histill.evaluate.intervals import per_class_table
 from histill.evaluate.metrics import Scores, confusion, per_class
 from histill.evaluate.report import Picture, Section, Table, difference, share
-from histill.models.mac_resnet import attention_mask, mean_crop
 from histill.recipes import mac_resnet
-from histill.run import Run
 from histill.studies._common import Study, comparison_note
 
 __all__ = ["PAPER", "study"]
@@ -267,22 +264,8 @@ def _pictures(made: Study, data: Images, tables: Sequence[str]) -> list[Picture]
         shown.append(Picture(home / "losses.png", caption))
     looking = [design for design in DESIGNS if design in made.runs and design != "resnet50"]
     if looking:
-        _looked_at(made.runs[looking[-1]][0], home / "attention.png")
+        run = made.runs[looking[-1]][0]
+        looked_at(run, run.predictions.query("split == 'test'"), run.data.root, home / "attention.png")
         caption = f"Figure 6: what {looking[-1]} looks at; the mean of its maps, the mask, the crop. Test images."
         shown.append(Picture(home / "attention.png", caption))
     return shown
-
-
-def _looked_at(run: Run, path: Path, most: int = 6) -> None:
-    """Test images, spread evenly, with attention, mask and crop as the network has them in evaluation."""
-    network = run.network()
-    table = run.predictions.query("split == 'test'").reset_index(drop=True)
-    table = table.iloc[np.linspace(0, len(table) - 1, min(most, len(table))).astype(int)]
-    images = torch.from_numpy(np.stack([load(run.data.root / name, run.image_size) for name in table["image"]]))
-    with torch.no_grad():
-        attention = network(images)["attention"]
-    maps, masks = attention_mask(attention.mean(1), attention.shape[-2:], network.threshold)  # type: ignore[arg-type]
-    crops = mean_crop(images, attention, network.threshold)  # type: ignore[arg-type]
-    titles = [f"{label}\nsaid {said}" for label, said in zip(table["label"], table["prediction"])]
-    pictures, cut = (some.permute(0, 2, 3, 1).clamp(0, 1).numpy() for some in (images, crops))
-    figures.attention(pictures, maps.double().numpy(), masks.numpy(), cut, titles, path)
