@@ -19,8 +19,16 @@ import platform
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
+from PIL import Image
 from studies import HISTILL, RESULTS, call
+
+from histill.data.decode import decode
+from histill.evaluate.outlines import outlines
+from histill.models import predict_instances
+from histill.recipes import rckd
 
 SEGMENTER = "--epochs 50 --batch-size 4 --lr 1e-3"
 STUDY = (
@@ -43,6 +51,18 @@ def manifest(source: Path, out: Path, columns: list[str], where: str = "") -> Pa
             shutil.copyfile(source / path, out / path)
     table[[*columns, "split"]].to_csv(out / "manifest.csv", index=False)
     return out / "manifest.csv"
+
+
+def show_nuclei(segmenter: Path, table: Path, path: Path) -> None:
+    """Outlines of the first eight test images, truth and prediction (CC0)."""
+    network, few = rckd.segmenter(segmenter), pd.read_csv(table).query("split == 'test'").head(8)
+    images = [np.asarray(decode(table.parent / name)[0]) for name in few["path"]]
+    truth = [np.asarray(Image.open(table.parent / name)).astype(np.int32) for name in few["mask"]]
+    with torch.no_grad():
+        said = [predict_instances(network, image).labels for image in images]
+    outlines(images, truth, path.with_suffix(".png"), predicted=said)
+    Image.open(path.with_suffix(".png")).convert("RGB").save(path, quality=88)
+    path.with_suffix(".png").unlink()
 
 
 def main() -> None:
@@ -81,6 +101,7 @@ def main() -> None:
     (RESULTS / "rckd").mkdir(parents=True)
     for name in SHOWN:
         shutil.copyfile(study / "figures" / name, RESULTS / "rckd" / name)
+    show_nuclei(segmenter, nuclei, RESULTS / "rckd" / "nuclei.jpg")
 
 
 if __name__ == "__main__":
