@@ -273,6 +273,8 @@ def test_early_exit_says_where_each_tile_left(small: Path, tmp_path: Path) -> No
     table = pd.read_parquet(tmp_path / "one" / "tiles.parquet")
     assert ((table["exit"] == 2) == (table["prob_tumour"] == 1)).all()
     assert said["exits"] == {"1": int((table["exit"] == 1).sum()), "2": int((table["exit"] == 2).sum())}
+    first = 100 * (table["exit"] == 1).mean()
+    assert f"left at exit 1: {first:.0f} %, 2: {100 - first:.0f} %" in (tmp_path / "one" / "case.html").read_text()
 
 
 class Pooled(Purple):

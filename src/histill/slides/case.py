@@ -153,8 +153,20 @@ def _cards(case: Case) -> list[tuple[str, str, str]]:
             area(largest.area_um2) if largest else "none",
             f"{largest.label}, {largest.diameter_um / 1e3:.2f} mm across" if largest else "no outline is large enough",
         ),
-        ("Looked at", f"{len(case.tiles):,} tiles", f"about {mm2:,.1f} mm² at {case.grid.mpp:g} µm per pixel"),
+        (
+            "Looked at",
+            f"{len(case.tiles):,} tiles",
+            f"about {mm2:,.1f} mm² at {case.grid.mpp:g} µm per pixel{_left(case)}",
+        ),
     ]
+
+
+def _left(case: Case) -> str:
+    """Where the tiles left a network with exits."""
+    if "exit" not in case.tiles:
+        return ""
+    shares = case.tiles["exit"].value_counts(normalize=True).sort_index()
+    return "; left at exit " + ", ".join(f"{k}: {100 * share:.0f} %" for k, share in shares.items())
 
 
 def _over(case: Case) -> Image.Image:
