@@ -303,6 +303,17 @@ def test_an_outline_of_many_points(tmp_path: Path, count: int) -> None:
     assert feature.shape.area == pytest.approx(np.pi * 4e4**2, rel=1e-6)
 
 
+def test_what_is_mended_and_still_touches_itself_by_a_rounding_is_mended_again(tmp_path: Path) -> None:
+    # Found by fuzzing: what GEOS makes valid of this touches itself at (43.23, 40.13).
+    again = [(21, 7), (38, 25), (17, 56), (3, 0), (38, 41), (56, 38), (38, 40), (41, 10)]
+    ring = [*again, (0, 0), *again, (63, 41), (20, 45), (51, 54), (23, 4), (15, 49), (51, 6), (37, 31), (21, 7)]
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    (feature,) = read_geojson(path)
+    assert feature.shape.is_valid
+    assert feature.shape.area == pytest.approx(1511, abs=1)
+
+
 def test_a_long_outline_that_crosses_itself_is_refused(tmp_path: Path) -> None:
     points = circle(200_001)
     points[[10, 100_000]] = points[[100_000, 10]]

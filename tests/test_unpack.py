@@ -138,6 +138,28 @@ def test_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("a", b"bytes")
+    data = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(data.replace(b"\x01\x00\x00\x00a", b"\x00\x00\x00\x00a").replace(b"a", b"\x00"))
+    with pytest.raises(BadInput):
+        hs.data.unpack(tmp_path / "a.zip", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_asks_for_more_memory_than_there_is_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(tmp_path / "a.tar.xz", "w:xz") as file:
+        file.addfile(tarfile.TarInfo("a"))
+
+    def full(*_: object) -> object:
+        raise MemoryError
+
+    monkeypatch.setattr("lzma.LZMAFile.read", full)
+    with pytest.raises(BadInput, match="more memory than there is"):
+        hs.data.unpack(tmp_path / "a.tar.xz", tmp_path / "out")
+
+
 def test_two_members_of_one_name_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a/f", b"1")

@@ -189,10 +189,12 @@ def _members(archive: Path, limit: _Limit) -> Iterator[Iterator[_Member]]:
         if error.errno not in (None, errno.EINVAL):
             raise
         raise BadInput(_why(archive, error)) from None  # gzip's word for damage, and a place that no file has
-    except (ValueError, struct.error, OverflowError) as error:
+    except (ValueError, struct.error, OverflowError, IndexError) as error:
         if isinstance(error, BadInput):
             raise
-        raise BadInput(_why(archive, error)) from None  # a number that cannot be
+        raise BadInput(_why(archive, error)) from None  # a number that cannot be, a member without a name
+    except MemoryError:
+        raise BadInput(f"{archive} asks for more memory than there is to unpack it; nothing was unpacked") from None
 
 
 class _Unpacked:

@@ -242,10 +242,11 @@ def read_geojson(path: str | Path) -> list[Feature]:
             mended += 1
             parts = _polygons(shapely.make_valid(shape, method="structure", keep_collapsed=False))
         parts = [part for part in parts if part.area > 0]
-        if not parts:
+        whole = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
+        shape = whole if whole.is_valid else mend(whole)  # what was made valid may still touch itself by a rounding
+        if shape is None or shape.is_empty:
             empty += 1
             continue
-        shape = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
         properties = entry.get("properties")
         label, name = _named(properties if isinstance(properties, dict) else {})
         features.append(Feature(shape, label, name=name))
