@@ -40,11 +40,11 @@ def looked(model: Path, options: dict[str, Any], slide: Path, out: Path) -> dict
         model, [slide], out, slide_mpp=ASSUMED.get(slide.stem), mpp=0.5, lesions=("tumour",), **options
     )
     seconds = time.perf_counter() - start
-    timing = next(iter(found["slides"].values()))["timing"]
+    (said,) = found["slides"].values()
     with open_slide(slide, mpp=ASSUMED.get(slide.stem)) as opened:
         about = {"dimensions": list(opened.dimensions), "mpp": opened.mpp, "reader": opened.reader}
-    tiles = next(iter(found["slides"].values()))["tiles"]["looked_at"]
-    return {**about, "tiles": tiles, "seconds": seconds, "timing": timing, "peak_bytes": memory.found()}
+    spent = {"seconds": seconds, "timing": said["timing"], "peak_bytes": memory.found()}
+    return {**about, "tiles": said["tiles"]["looked_at"], **spent}
 
 
 def main() -> None:

@@ -209,7 +209,7 @@ def _prove(recipe: str, out: Path, images: Images, runs: list[dict[str, Run]]) -
     pictures = _pictures(out, images, {r: s[0] for r, s in judged.items()}, test, tables[0]["student_distilled"])
     chosen = first["student_distilled"]
     said, seen = tables[0]["teacher"], out / "figures" / "attention.png"
-    if looked_at(first["teacher"], said[said["split"] == "test"], images.root, seen):
+    if looked_at(first["teacher"], said[said["split"] == "test"], seen, root=images.root):
         pictures.append(
             Picture(seen, "What the teacher looks at: the mean of its maps, the mask, the crop; test images.")
         )

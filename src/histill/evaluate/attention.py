@@ -16,14 +16,14 @@ from histill.run import Run
 __all__ = ["looked_at"]
 
 
-def looked_at(run: Run, table: pd.DataFrame, root: Path, path: Path, most: int = 6) -> bool:
+def looked_at(run: Run, table: pd.DataFrame, path: Path, *, root: Path | None = None, most: int = 6) -> bool:
     """Draw images of a predictions table, spread evenly, with attention, mask and crop as in evaluation.
 
     Args:
         run: of the network.
         table: what it said of the images.
-        root: where the images are.
         path: the figure's file.
+        root: where the images are (default: those of the run).
         most: how many images.
 
     Returns: False, and nothing is drawn, of a network without attention or a table without images.
@@ -35,6 +35,7 @@ def looked_at(run: Run, table: pd.DataFrame, root: Path, path: Path, most: int =
     if not isinstance(network, MACResNet) or network.attention is None:
         return False
     table = table.iloc[np.linspace(0, len(table) - 1, min(most, len(table))).astype(int)]
+    root = root or run.data.root
     images = torch.from_numpy(np.stack([load(root / name, run.image_size) for name in table["image"]]))
     with torch.no_grad():
         attention = network(images)["attention"]

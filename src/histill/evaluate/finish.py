@@ -175,8 +175,8 @@ def finish(out: Path, info: dict[str, Any]) -> None:
         figures.confusion(confusion(judged), classes, out / "figures" / "confusion.png")
         pictures.append(Picture(out / "figures" / "confusion.png", f"Confusion matrix, {last} images."))
         pictures.append(Picture(_roc(judged, classes, metrics[last], out), f"ROC, {last} images."))
-        seen, run = out / "figures" / "attention.png", Run.open(out)
-        if looked_at(run, table[table["split"] == last], run.data.root, seen):
+        seen = out / "figures" / "attention.png"
+        if looked_at(Run.open(out), table[table["split"] == last], seen):
             caption = f"What it looks at: the mean of its maps, the mask, the crop; {last} images."
             pictures.append(Picture(seen, caption))
         tables += [class_rows(judged, classes), *exit_rows(table, classes, list(by_split))]

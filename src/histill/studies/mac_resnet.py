@@ -265,7 +265,7 @@ def _pictures(made: Study, data: Images, tables: Sequence[str]) -> list[Picture]
     looking = [design for design in DESIGNS if design in made.runs and design != "resnet50"]
     if looking:
         run = made.runs[looking[-1]][0]
-        looked_at(run, run.predictions.query("split == 'test'"), run.data.root, home / "attention.png")
+        looked_at(run, run.predictions.query("split == 'test'"), home / "attention.png")
         caption = f"Figure 6: what {looking[-1]} looks at; the mean of its maps, the mask, the crop. Test images."
         shown.append(Picture(home / "attention.png", caption))
     return shown

@@ -87,7 +87,6 @@ ROWS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
         (("supervised", "densenet121"), ("simclr", "resnet18"), ("mae", "vit_base_patch16_224")),
     ),
 }
-MEANS = {"rckd": "RCKD", "supervised": "supervised", "self-supervised": "self-supervised"}
 Tables = Literal["3", "4", "5", "6", "search"]
 
 
@@ -414,7 +413,7 @@ def _pictures(work: _Work, summary: dict[str, Any]) -> list[Section]:
             weights = sum(p.numel() for p in network.parameters())
             balls.append((titles[row], macs(network, size) / 1e9, figure["value"], weights / 1e6))
         figures.balls(balls, round_, ylabel=f"test {metric}")
-        paper = ", ".join(f"{title} {PAPER['means'][key]} %" for key, title in MEANS.items())
+        paper = ", ".join(f"{METHODS.get(kind, kind)} {mean} %" for kind, mean in PAPER["means"].items())
         sections += [
             Picture(
                 bars, f"Figures 6 to 8: {name}, mean over the repeats with 95 % intervals; the paper's in the tables."
