@@ -15,7 +15,8 @@ from histill.slides.bench import bench_read, table_of
 
 @pytest.fixture(autouse=True)
 def _short_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("histill.slides.bench.TILES", 5)
+    monkeypatch.setattr("histill.slides.bench.ALIGNED", 5)
+    monkeypatch.setattr("histill.slides.bench.GRID", 5)
 
 
 def test_both_are_timed_on_the_same_tiles(tmp_path: Path) -> None:

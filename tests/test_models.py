@@ -126,11 +126,14 @@ CASES = {
     ),
     "unet-csat": Case("UNet", {"backbone": "CSAT"}, 64, {"logits": (3, 64, 64), "stage1": (32, 16, 16)}),
     "unet-timm": Case("UNet", {"backbone": "resnet18", "zero_init_last": False}, 64, {"logits": (3, 64, 64)}),
+    "unet-vit": Case(
+        "UNet", {"backbone": "test_vit", "img_size": 64}, 64, {"logits": (3, 64, 64), "stage3": (64, 4, 4)}
+    ),
 }
 EXPORTED = (
     "dsnet",
     "stridenet",
-    *(pytest.param(case, marks=pytest.mark.slow) for case in ("timm-convnext", "csat", "multi-exit")),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in ("timm-convnext", "csat", "multi-exit", "unet-vit")),
 )
 
 
@@ -434,10 +437,65 @@ def test_regressors_bring_each_feature_to_the_teachers_width() -> None:
 
 
 def test_unet_wants_a_pyramid_and_takes_any_size() -> None:
-    with pytest.raises(BadInput, match="no pyramid"):
-        UNet(2, "test_vit")
+    with pytest.raises(BadInput, match="levit_128s has neither a pyramid .* nor features of one scale"):
+        UNet(2, "levit_128s")
     with torch.no_grad():
         assert built("unet-csat").eval()(torch.rand(1, 3, 50, 70))["logits"].shape == (1, 3, 50, 70)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "patch", "prefix", "blocks", "unfolded"),
+    [
+        ("vit_tiny_patch16_224", 12, 16, 1, (3, 6, 9, 12), [4, 2, 1, 1]),
+        ("vit_small_patch14_reg4_dinov2", 6, 14, 5, (2, 3, 5, 6), [4, 2, 1, 1]),
+        ("vit_small_patch32_224", 4, 32, 1, (1, 2, 3, 4), [8, 4, 2, 1]),
+        ("vit_small_patch8_224", 2, 8, 1, (1, 1, 2, 2), [2, 1, 1, 1]),
+    ],
+)
+@torch.no_grad()
+def test_a_decoder_reads_a_transformers_patches_at_four_depths(
+    name: str, depth: int, patch: int, prefix: int, blocks: tuple[int, ...], unfolded: list[int]
+) -> None:
+    torch.manual_seed(0)
+    network = UNet(3, name, img_size=3 * patch, depth=depth).eval()
+    batch = torch.rand(1, 3, 3 * patch, 3 * patch)
+    outputs = network(batch)
+    assert outputs["logits"].shape == (1, 3, 3 * patch, 3 * patch)
+    assert network.skips == tuple(f"stage{block}" for block in blocks)
+    vit = network.backbone.network
+    tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(network.backbone.normalize(batch))))
+    for number, block in enumerate(vit.blocks, 1):
+        tokens = block(tokens)
+        if number in blocks:
+            for place in range(9):
+                expected = tokens[0, prefix + place]
+                torch.testing.assert_close(outputs[f"stage{number}"][0, :, place // 3, place % 3], expected)
+    levels = network.reassembled
+    assert levels is not None
+    assert [level.stride[0] for level in levels.levels] == unfolded
+    pyramid = levels([outputs[skip] for skip in network.skips], batch.shape[-2:])
+    width = vit.embed_dim
+    for level, scale, wide in zip(pyramid, (4, 8, 16, 32), (width // 8, width // 4, width // 2, width)):
+        assert level.shape == (1, wide, -(-3 * patch // scale), -(-3 * patch // scale))
+
+
+@torch.no_grad()
+def test_a_token_is_unfolded_into_the_pixels_of_its_patch() -> None:
+    levels = UNet(2, "test_vit", img_size=48).reassembled
+    assert levels is not None
+    levels.levels[0].weight.copy_(torch.eye(64).view(64, 4, 4, 4)[:, :1].expand(64, 8, 4, 4))
+    maps = torch.rand(2, 64, 3, 3)
+    finest = levels([maps] * 4, torch.Size((48, 48)))[0]
+    torch.testing.assert_close(finest[:, :1], F.pixel_shuffle(maps[:, :16], 4))
+
+
+def test_a_transformer_with_a_decoder_says_which_images_it_takes() -> None:
+    with torch.no_grad():
+        assert UNet(2, "test_vit", dynamic_img_size=True)(torch.rand(2, 3, 32, 48))["logits"].shape == (2, 2, 32, 48)
+    with pytest.raises(BadInput, match="vit_tiny_patch16_224 takes images of 32x32 pixels, not 48x32: build it with"):
+        UNet(2, "vit_tiny_patch16_224", img_size=32, depth=1)(torch.rand(1, 3, 32, 48))
+    with pytest.raises(BadInput, match="a multiple of 16 pixels, not 40x40"):
+        UNet(2, "vit_tiny_patch16_224", img_size=40, depth=1)
 
 
 # The adapter

@@ -13,8 +13,11 @@ from slide_files import picture, write_jpeg_tiff
 
 import histill as hs
 from histill import cli
+from histill.data import read_masks, split
 from histill.data.images import read_images
+from histill.data.phantom import write_images
 from histill.errors import BadInput
+from histill.recipes import rckd
 from histill.record import trained_mpp
 from histill.slides import training
 from histill.slides.cut import PRESETS, cut_slides
@@ -91,6 +94,40 @@ def test_distill_takes_slides_and_ends_with_slides(tmp_path: Path) -> None:
     found = json.loads((out / "slides" / "summary.json").read_text())["slides"]
     assert set(found) == {"teacher", "student_alone", "student_distilled"}
     assert (out / "slides" / "student_distilled").is_dir()
+    assert cli.run(["distill", "--out", str(out), "--resume"]) == 0
+
+
+@pytest.mark.slow
+def test_distill_mac_resnet_takes_slides_and_ends_with_slides(tmp_path: Path) -> None:
+    root, out = slides_of(tmp_path / "in"), tmp_path / "out"
+    words = ["--slides", str(root / "slides"), "--masks", str(root / "masks"), "--classes", "odd", "even"]
+    words += ["--out", str(out), "--image-size", "64", "--epochs", "1", "--batch-size", "8", "--val", "0.34"]
+    words += ["--test", "0.34", "--network", "resnet18", "--weights", "none", "--teacher-weights", "none"]
+    words += ["--views", "1", "--lr", "0.001"]
+    assert cli.run(["distill", "mac-resnet", *words]) == 0
+    found = json.loads((out / "slides" / "summary.json").read_text())["slides"]
+    assert set(found) == {"teacher", "student_alone", "student_distilled"}
+
+
+@pytest.mark.slow
+def test_distill_rckd_cuts_what_it_pretrains_on_from_the_training_slides(tmp_path: Path) -> None:
+    root, out = slides_of(tmp_path / "in"), tmp_path / "out"
+    write_images(tmp_path / "nuclei", patients=8, images_per_patient=1, size=64, masks=True)
+    nuclei = split(read_masks(tmp_path / "nuclei" / "manifest.csv", kind="instances"), val=0.25, test=0.25)
+    hs.train(rckd.teacher(nuclei, epochs=1, image_size=64, batch_size=4), tmp_path / "segmenter")
+    words = ["--slides", str(root / "slides"), "--masks", str(root / "masks"), "--classes", "odd", "even"]
+    words += ["--out", str(out), "--image-size", "32", "--epochs", "1", "--batch-size", "8", "--val", "0.34"]
+    words += ["--test", "0.34", "--network", "test_resnet", "--teacher", str(tmp_path / "segmenter"), "--lr", "0.01"]
+    words += ["--pretrain-epochs", "1", "--pretrain-image-size", "32", "--pretrain-batch-size", "4"]
+    assert cli.run(["distill", "rckd", *words]) == 0
+    labelled = hs.Run.open(
+        out / "seed0" / "student_distilled" if (out / "seed0").is_dir() else out / "student_distilled"
+    )
+    frame = labelled.data.frame
+    seen = set(pd.read_csv(out / "unlabelled" / "patches" / "manifest.csv")["slide"])
+    assert seen == set(frame["slide"][frame["split"] == "train"])
+    found = json.loads((out / "slides" / "summary.json").read_text())["slides"]
+    assert set(found) == {"student_alone", "student_distilled"}
     assert cli.run(["distill", "--out", str(out), "--resume"]) == 0
 
 

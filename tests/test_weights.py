@@ -51,11 +51,15 @@ def test_a_runs_folder_fills_another_head(tmp_path: Path) -> None:
 
 
 def test_a_classifier_starts_from_a_segmenters_backbone(tmp_path: Path) -> None:
-    for name, build in (("CSAT", CSAT), ("test_convnext", functools.partial(Timm, "test_convnext"))):
+    for name, build in (
+        ("CSAT", CSAT),
+        ("test_convnext", functools.partial(Timm, "test_convnext")),
+        ("test_vit", functools.partial(Timm, "test_vit")),
+    ):
         segmenter = UNet(2, name)
         save_file(segmenter.state_dict(), tmp_path / "model.safetensors")
         classifier = build(4, weights=str(tmp_path))
-        assert same(classifier, segmenter.backbone, lambda name: "fc" not in name), name
+        assert same(classifier, segmenter.backbone, lambda name: "fc" not in name and "head" not in name), name
 
 
 def test_a_segmenter_freezes_the_head_that_it_does_not_use() -> None:
@@ -88,6 +92,8 @@ def test_a_transformers_positions_follow_the_image_size(tmp_path: Path) -> None:
     assert places[0, 1].item() == pytest.approx(2.5)
     assert 0 < places[0, 0] < places[0, 1] < places[0, 2] < 5
     torch.testing.assert_close(small.network.blocks[0].attn.qkv.weight, large.network.blocks[0].attn.qkv.weight)
+    segmenter = UNet(2, "test_vit", str(tmp_path / "large.safetensors"), img_size=48)
+    assert same(segmenter.backbone, small, lambda name: "head" not in name)
     cut = {n: t[:, :-1] if n.endswith("pos_embed") else t for n, t in large.state_dict().items()}
     save_file({n: t.contiguous() for n, t in cut.items()}, tmp_path / "cut.safetensors")
     with pytest.raises(BadInput, match="pos_embed"):

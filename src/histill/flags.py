@@ -44,7 +44,8 @@ COMMON: tuple[tuple[str, Any, Any, str], ...] = (
         list[Path] | None,
         None,
         "whole slides, or folders of them, cut into OUT/patches: with --masks labelled patches in place of --data, "
-        "without them unlabelled ones in place of --unlabelled.",
+        "without them unlabelled ones in place of --unlabelled; a recipe that needs both cuts the second from the "
+        "training slides.",
     ),
     ("masks", Path | None, None, "a folder with a mask image or QuPath GeoJSON for each slide."),
     ("slide_mpp", float | None, None, "microns per pixel of the slides, where their files do not say."),

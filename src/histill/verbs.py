@@ -148,6 +148,17 @@ def _cut(out: Path, values: dict[str, Any]) -> None:
         values["classes"] = values["patient"] = None
 
 
+def _cut_unlabelled(out: Path, values: dict[str, Any]) -> Path:
+    """Patches to pretrain on, of the slides that are trained on: nothing is learnt from those that judge."""
+    from histill.slides.cut import find_slides
+    from histill.slides.training import cut_for
+
+    frame = read_data(values).frame
+    trained_on = set(frame["slide"][frame["split"] == "train"])
+    slides = [path for path in find_slides(values["slides"]) if path.name in trained_on]
+    return cut_for(out / "unlabelled", slides, slide_mpp=values["slide_mpp"])
+
+
 def _judge_slides(out: Path, values: dict[str, Any], roles: tuple[str, ...]) -> None:
     """Whole slides of the test split, by every run of ``roles`` in ``out``."""
     if not (values["slides"] and values["masks"]):
@@ -406,6 +417,8 @@ def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: d
     else:
         _check_free(out)
     _cut(out, values)
+    if values["slides"] and values["masks"] and values["unlabelled"] is None:
+        values["unlabelled"] = _cut_unlabelled(out, values)
     alone = values["unlabelled"] is None and values["data"] is not None and _only_images(Path(values["data"]))
     for needed in ("data", "unlabelled"):
         if values[needed] is None and not alone:

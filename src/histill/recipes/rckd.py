@@ -21,13 +21,14 @@ from histill.data.views import NONE, Augment
 from histill.data.windows import kept_tissue, sampled, windows
 from histill.errors import BadInput
 from histill.experiment import Experiment, recipe
-from histill.losses import cross_entropy, focal
+from histill.losses import cross_entropy, dice, focal
 from histill.losses.star import star_distances, star_loss
 from histill.models import StarDist, UNet
+from histill.models.adapter import known
 from histill.models.stardist import GRID
 from histill.pretrain.lars import adamw, lars, rising, sgd
 from histill.pretrain.pseudo import Kind, pseudo_label
-from histill.recipes._start import backbone, start
+from histill.recipes._start import backbone, sized, start
 from histill.run import Run
 from histill.schedules import constant, warm_cosine
 from histill.types import Batch, Outputs, Terms
@@ -41,6 +42,7 @@ PATCH = Augment(hflip=True, vflip=True, rotate=180, zoom=0.5, brightness=0.1, co
 TISSUE = Augment(hflip=True, vflip=True, rotate=180, zoom=0.1, brightness=0.1, contrast=0.1, saturation=0.1, hue=0.05)
 
 
+Loss = Literal["focal", "dice", "focal+dice"]
 _WITH_PEG = ("csat", "csat-plain", "resnet18sat")
 
 
@@ -66,10 +68,19 @@ def labelled(
     alpha: float | None = 0.25,
     gamma: float = 2.0,
     instances: bool = False,
+    loss: Loss = "focal",
 ) -> Terms:
-    """Eq. 5, and Eq. 7 where there are masks: the focal loss of images, or of pixels; any nucleus is class 1."""
+    """Eq. 5, and Eq. 7 where there are masks: the focal loss of images, or of pixels; any nucleus is class 1.
+
+    Of masks also the soft Dice loss, alone or with weight 1 beside it.
+    """
     truth = batch.labels if batch.masks is None else batch.masks.clamp(max=1) if instances else batch.masks
-    return {"focal": (1.0, focal(student["logits"], truth, alpha=alpha, gamma=gamma))}
+    terms: dict[str, tuple[float, torch.Tensor]] = {}
+    if "focal" in loss:
+        terms["focal"] = (1.0, focal(student["logits"], truth, alpha=alpha, gamma=gamma))
+    if "dice" in loss:
+        terms["dice"] = (1.0, dice(student["logits"], truth))
+    return terms
 
 
 @recipe
@@ -156,7 +167,8 @@ def pretrain(
     Args:
         unlabelled: patches.
         teacher: a run of rckd.teacher, or the official StarDist weights (a file, or an address with its checksum).
-        network: CSAT, ResNet18SAT, or a convolutional network of timm with a pyramid of features.
+        network: CSAT, CSAT-plain, ResNet18SAT, StrideNet, or a network of timm: convolutional with a pyramid of
+            features, or a vision transformer, of which the decoder reads four blocks.
         weights: of the backbone: none, imagenet, a file, a run, or auto: ImageNet where it can be had, else none, said
             aloud.
         image_size: height and width in pixels that the student sees (paper: 512, of patches of 1024).
@@ -185,7 +197,7 @@ def pretrain(
     parts = said.with_frame(said.frame.assign(split=""))
     return Experiment(
         data=split(parts, val=val, test=0.0, seed=seed),
-        student=start(_made(UNet, classes=2, backbone=network), weights),
+        student=start(_unet(network, image_size, 2), weights),
         objective=nuclei,
         image_size=image_size,
         augment=PATCH,
@@ -234,6 +246,14 @@ def _made(network: Callable[..., nn.Module], **arguments: Any) -> partial[nn.Mod
     return partial(network, **arguments)
 
 
+def _unet(network: str, image_size: int, classes: int) -> partial[nn.Module]:
+    """The network by its name with a U-Net decoder."""
+    if network.lower() == "csat-plain":
+        return _made(UNet, classes=classes, backbone="CSAT", sat=False)
+    size = sized(network, image_size) if known(network) else {}
+    return _made(UNet, classes=classes, backbone=network, **size)
+
+
 @recipe
 def finetune(
     data: Images,
@@ -248,6 +268,7 @@ def finetune(
     schedule: Literal["constant", "cosine"] = "constant",
     freeze: Literal["peg", "none"] = "peg",
     augment: Literal["tissue", "none"] = "tissue",
+    loss: Loss = "focal",
     alpha: float | None = 0.25,
     gamma: float = 2.0,
     select: str = "loss",
@@ -261,7 +282,7 @@ def finetune(
     Args:
         data: the images and their splits.
         weights: of the backbone: a pretraining run, a file, imagenet, none, or auto.
-        network: CSAT, ResNet18SAT, or any timm name.
+        network: CSAT, CSAT-plain, ResNet18SAT, StrideNet, or any timm name; with masks as in pretraining.
         image_size: height and width in pixels.
         epochs: passes over the training images, at most.
         batch_size: images per step.
@@ -271,6 +292,8 @@ def finetune(
         freeze: peg leaves the position encodings of pretraining as they are, as in the paper; from random weights
             nothing is frozen.
         augment: tissue (flips, any direction, stain) or none.
+        loss: focal as in the paper, or with masks dice, the soft Dice loss, which does not mind how rare a class is, or
+            focal+dice, the sum of both.
         alpha: of the focal loss.
         gamma: of the focal loss.
         select: the validation figure whose best epoch is kept, or last.
@@ -282,7 +305,9 @@ def finetune(
     if not data.classes:
         raise BadInput(f"{data.root}: fine-tuning needs labels or masks")
     classes = len(data.classes)
-    make = _made(UNet, classes=classes, backbone=network) if data.masks else backbone(network, image_size, classes)
+    if "dice" in loss and not data.masks:
+        raise BadInput(f"--loss {loss}: Dice is of masks, and the images of {data.root} have labels; take focal")
+    make = (_unet if data.masks else backbone)(network, image_size, classes)
     made = start(make, weights)
     learnt = made.keywords["weights"] not in (None, "imagenet")  # ImageNet has no position encodings
     steps = partial(sgd, weight_decay=0.0) if optimizer == "sgd" else partial(adamw, weight_decay=0.05)
@@ -290,7 +315,7 @@ def finetune(
         data=data,
         student=made,
         frozen=("*.peg.*",) if freeze == "peg" and learnt and network.lower() in _WITH_PEG else (),
-        objective=partial(labelled, alpha=alpha, gamma=gamma, instances=data.masks == "instances"),
+        objective=partial(labelled, alpha=alpha, gamma=gamma, instances=data.masks == "instances", loss=loss),
         image_size=image_size,
         augment=TISSUE if augment == "tissue" else NONE,
         epochs=epochs,

@@ -21,7 +21,7 @@ from histill.slides.tiles import Pixels
 
 __all__ = ["bench_command", "bench_read", "table_of"]
 
-TILES = 64  # a round
+ALIGNED, GRID = 64, 256  # tiles in a round
 MODEL_PX = 224  # of the tiles that a model takes
 MOST = 1 << 14  # tiles, taken again from the first when they are used up
 OPENSLIDE_CACHE = 32 << 20  # what OpenSlide comes with
@@ -32,11 +32,11 @@ Reader = Callable[[int, int], Pixels]
 def bench_read(path: str | Path, *, seconds: float = 5.0, seed: int = 0) -> dict[str, Any]:
     """Tiles per second of level 0, one thread, ours and OpenSlide's in turns within one run.
 
-    Rounds of `TILES` tiles alternate between the two until each had ``seconds`` (five rounds at least), after a
-    round apart to warm up. ``aligned`` are the file's own tiles in random order, each decoded anew: neither side has
-    a cache. ``grid`` are squares of `MODEL_PX` side by side, row by row, as a model takes them; each side has the
-    cache that it comes with, empty at the start of a round. Beside the clock's seconds stand the processor's, which
-    other programs on the machine do not lengthen.
+    Rounds of tiles alternate between the two until each had ``seconds`` (five rounds at least), after a round apart to
+    warm up. ``aligned`` are the file's own tiles in random order, each decoded anew: neither side has a cache. ``grid``
+    is a pass over the slide in squares of `MODEL_PX` side by side, row by row, as a model takes them; each side has the
+    cache that it comes with, emptied when the pass begins again. Beside the clock's seconds stand the processor's,
+    which other programs on the machine do not lengthen.
 
     Returns:
         ``slide``, ``machine``, and for each of the two kinds ``tile``, ``identical`` (whether every pixel agreed),
@@ -56,14 +56,17 @@ def bench_read(path: str | Path, *, seconds: float = 5.0, seed: int = 0) -> dict
         tile = (min(own[0], 1024), min(own[1], 1024))
         found = {}
         with progress("reading", 2, "comparisons") as bar:
-            for kind, size, cache in (("aligned", tile, 0), ("grid", (MODEL_PX, MODEL_PX), OPENSLIDE_CACHE)):
+            for kind, size, cache, count in (
+                ("aligned", tile, 0, ALIGNED),
+                ("grid", (MODEL_PX, MODEL_PX), OPENSLIDE_CACHE, GRID),
+            ):
 
                 def fresh(cache: int = cache) -> None:
                     slide.forget()
                     other.set_cache(openslide.OpenSlideCache(cache))
 
                 places = _places(slide, size, rng, shuffled=kind == "aligned")
-                found[kind] = _compare(slide, other, places, size, seconds, fresh)
+                found[kind] = _compare(slide, other, places, size, seconds, fresh, count)
                 bar.advance()
         other.close()
         return {
@@ -111,7 +114,12 @@ def _compare(
     size: tuple[int, int],
     seconds: float,
     fresh: Callable[[], None],
+    count: int,
 ) -> dict[str, Any]:
+    """``fresh`` empties the caches whenever the ``places`` begin again; a round is ``count`` of them."""
+    count = min(count, len(places))
+    passes = len(places) // count  # rounds until they begin again
+
     def ours(x: int, y: int) -> Pixels:
         return slide.read(x, y, *size)
 
@@ -121,22 +129,24 @@ def _compare(
     def usual(x: int, y: int) -> Any:  # what one writes with OpenSlide, without our work of laying it over white
         return np.asarray(other.read_region((x, y), 0, size).convert("RGB"))
 
-    identical = all(np.array_equal(ours(*place), theirs(*place)) for place in places[:TILES])
+    identical = all(np.array_equal(ours(*place), theirs(*place)) for place in places[:ALIGNED])
     readers: dict[str, Callable[[int, int], Any]] = {"histill": ours, "openslide": usual}
     wall: dict[str, list[float]] = {name: [] for name in readers}
     cpu: dict[str, list[float]] = {name: [] for name in readers}
     spent, number = 0.0, 0
     while spent < 2 * seconds or number < 6:
-        batch = [places[(number * TILES + n) % len(places)] for n in range(TILES)]
-        fresh()
+        first = number % passes * count
+        batch = places[first : first + count]
+        if first == 0:
+            fresh()
         for name in sorted(readers, reverse=number % 2 == 1):
             began, began_cpu = time.perf_counter(), time.process_time()
             for place in batch:
                 readers[name](*place)
             took, took_cpu = time.perf_counter() - began, time.process_time() - began_cpu
             if number:  # the first round warms up
-                wall[name].append(TILES / took)
-                cpu[name].append(TILES / took_cpu)
+                wall[name].append(count / took)
+                cpu[name].append(count / took_cpu)
                 spent += took
         number += 1
     return {

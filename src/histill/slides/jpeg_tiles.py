@@ -16,7 +16,7 @@ import numpy as np
 
 from histill.errors import require
 from histill.slides.tiff import Directory
-from histill.slides.tiles import Pixels, Source, TileCache, mosaic
+from histill.slides.tiles import Pixels, Source, cache_for, mosaic
 
 __all__ = ["MAX_TILE_BYTES", "JpegTiles"]
 
@@ -37,7 +37,7 @@ class JpegTiles:
         self.decode = require("imagecodecs", "slides").jpeg8_decode
         self.levels, self.other = levels, other
         self.sizes = [(level.width, level.height) for level in levels]
-        self.cache = TileCache()
+        self.cache = cache_for(levels)
         self.fd = os.open(path, os.O_RDONLY)
         self._closing = threading.Lock()
 

@@ -15,7 +15,7 @@ import numpy as np
 from histill.errors import BadInput, require
 from histill.slides.jpeg_tiles import MAX_TILE_BYTES
 from histill.slides.tiff import JPEG, Directory
-from histill.slides.tiles import Pixels, TileCache, mosaic
+from histill.slides.tiles import Pixels, cache_for, mosaic
 
 __all__ = ["TiffTiles"]
 
@@ -45,7 +45,7 @@ class TiffTiles:
         tifffile = require("tifffile", "slides")
         self.path, self.levels = path, levels
         self.sizes = [(level.width, level.height) for level in levels]
-        self.cache = TileCache()
+        self.cache = cache_for(levels)
         self._lock = threading.Lock()
         self.fd = os.open(path, os.O_RDONLY)
         try:

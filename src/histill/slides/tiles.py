@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 
 from histill.slides.tiff import Directory
 
-__all__ = ["CACHE_BYTES", "Pixels", "Source", "TileCache", "mosaic"]
+__all__ = ["CACHE_BYTES", "MAX_CACHE_BYTES", "Pixels", "Source", "TileCache", "cache_for", "mosaic"]
 
 CACHE_BYTES = 64 << 20
 """What a slide keeps of decoded tiles: a region that is not aligned to them needs each a few times."""
+
+MAX_CACHE_BYTES = 256 << 20
+"""What a very wide one keeps."""
 
 Pixels = NDArray[np.uint8]
 
@@ -70,6 +73,12 @@ class TileCache:
         with self._lock:
             self._tiles.clear()
             self.bytes = 0
+
+
+def cache_for(levels: Sequence[Directory]) -> TileCache:
+    """Room for two rows of tiles, so that a pass over a wide slide, row by row, decodes each tile once."""
+    row = max((level.across * level.tile_width * level.tile_height * 3 for level in levels), default=0)
+    return TileCache(min(max(CACHE_BYTES, 2 * row + row // 8), MAX_CACHE_BYTES))
 
 
 def mosaic(tiles: Directory, x: int, y: int, width: int, height: int, tile: Callable[[int, int], Pixels]) -> Pixels:
