@@ -437,7 +437,7 @@ def test_regressors_bring_each_feature_to_the_teachers_width() -> None:
 
 
 def test_unet_wants_a_pyramid_and_takes_any_size() -> None:
-    with pytest.raises(BadInput, match="levit_128s has neither a pyramid .* nor features of one scale"):
+    with pytest.raises(BadInput, match=r"levit_128s has neither a pyramid .* nor features of one scale"):
         UNet(2, "levit_128s")
     with torch.no_grad():
         assert built("unet-csat").eval()(torch.rand(1, 3, 50, 70))["logits"].shape == (1, 3, 50, 70)
@@ -486,7 +486,7 @@ def test_a_token_is_unfolded_into_the_pixels_of_its_patch() -> None:
     levels.levels[0].weight.copy_(torch.eye(64).view(64, 4, 4, 4)[:, :1].expand(64, 8, 4, 4))
     maps = torch.rand(2, 64, 3, 3)
     finest = levels([maps] * 4, torch.Size((48, 48)))[0]
-    torch.testing.assert_close(finest[:, :1], F.pixel_shuffle(maps[:, :16], 4))
+    torch.testing.assert_close(finest[:, :1], nn.functional.pixel_shuffle(maps[:, :16], 4))
 
 
 def test_a_transformer_with_a_decoder_says_which_images_it_takes() -> None:

@@ -216,6 +216,27 @@ def test_the_pretrained_backbone_starts_classifier_and_segmenter(
             assert torch.equal(started[f"backbone.{name}"], ours[name])
 
 
+def test_fine_tuning_on_masks_learns_the_loss_that_is_asked_for(tissue: Path, tmp_path: Path) -> None:
+    """Two pixels of a rare class in 16, said with p = 1/2 everywhere: hand-computed focal and Dice."""
+    masks = torch.zeros(1, 4, 4, dtype=torch.long)
+    masks[0, 0, :2] = 1
+    batch = Batch(torch.zeros(1, 3, 4, 4), torch.tensor([-1]), torch.zeros(1), torch.zeros(1), lambda size: None, masks)  # type: ignore[arg-type, return-value]
+    said = Outputs(logits=torch.zeros(1, 2, 4, 4))
+    focal = 0.25 * 0.5**2 * np.log(2)
+    dice = 1 - np.mean([(2 * 7 + 1) / (8 + 14 + 1), (2 * 1 + 1) / (8 + 2 + 1)])
+    for name, expected in (("focal", [focal]), ("dice", [dice]), ("focal+dice", [focal, dice])):
+        terms = rckd.labelled(said, Outputs(), batch, loss=name)
+        assert list(terms) == name.split("+")
+        assert [weight for weight, _ in terms.values()] == [1.0] * len(terms)
+        assert [float(loss) for _, loss in terms.values()] == pytest.approx(expected, rel=1e-5)
+
+    data = split(read_masks(tissue / "manifest.csv", kind="instances"), val=0.25, test=0.25)
+    tiny: dict[str, Any] = {"network": "test_resnet", "image_size": 32, "epochs": 1, "batch_size": 8}
+    log = hs.train(rckd.finetune(data, loss="focal+dice", **tiny), tmp_path / "run").log
+    assert {"raw/focal", "raw/dice", "weight/dice"} <= set(log.columns)
+    assert log["loss"][0] == pytest.approx(log["raw/focal"][0] + log["raw/dice"][0], rel=1e-5)
+
+
 def test_position_encodings_stay_as_pretraining_left_them(tissue: Path, tmp_path: Path) -> None:
     start = tmp_path / "start.pt"
     torch.manual_seed(3)
@@ -260,6 +281,8 @@ def test_what_does_not_fit_is_one_clear_line(tissue: Path, tmp_path: Path) -> No
         rckd.finetune(patches)
     with pytest.raises(BadInput, match="--loss focal\\+dice: Dice is of masks"):
         rckd.finetune(table(tmp_path / "d"), loss="focal+dice")
+    with pytest.raises(BadInput, match=r"--loss iou: focal, dice or focal\+dice"):
+        rckd.finetune(table(tmp_path / "d"), loss="iou")  # type: ignore[arg-type]
 
 
 def test_distill_rckd_pretrains_once_and_compares_with_random_weights(

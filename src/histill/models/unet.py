@@ -137,6 +137,8 @@ class _Reassembled(nn.Module):
         self.widths = tuple(max(1, width // 2**level) for level in (3, 2, 1, 0))
         embed = getattr(backbone.network, "patch_embed", None)
         self.fixed = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
+        if self.fixed is not None:
+            self.check(torch.Size(self.fixed))
         times = [math.ceil(self.patch / scale) for scale in _SCALES]
         self.levels = nn.ModuleList(
             nn.ConvTranspose2d(width, wide, by, by, bias=False) for wide, by in zip(self.widths, times, strict=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -305,7 +305,9 @@ def finetune(
     if not data.classes:
         raise BadInput(f"{data.root}: fine-tuning needs labels or masks")
     classes = len(data.classes)
-    if "dice" in loss and not data.masks:
+    if loss not in get_args(Loss):
+        raise BadInput(f"--loss {loss}: focal, dice or focal+dice")
+    if loss != "focal" and not data.masks:
         raise BadInput(f"--loss {loss}: Dice is of masks, and the images of {data.root} have labels; take focal")
     make = (_unet if data.masks else backbone)(network, image_size, classes)
     made = start(make, weights)
