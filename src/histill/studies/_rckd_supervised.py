@@ -18,6 +18,7 @@ from histill.recipes import baselines
 from histill.recipes._start import backbone
 from histill.run import Run
 from histill.studies._common import Study
+from histill.teachers import as_teacher
 
 __all__ = ["SAT", "Supervised", "given_weights"]
 
@@ -66,7 +67,7 @@ class Supervised:
         if Path(self.usi_teacher).exists():
             run = Run.open(self.usi_teacher)
             self._unseen(run, (self.labelled, *self.judged))
-            baselines.supervised(self.labelled, run)  # of the same classes
+            as_teacher(run, self.labelled.classes)
         else:
             network, _, weights = self.usi_teacher.partition("=")
             self._make(network, weights or "none")
@@ -74,7 +75,7 @@ class Supervised:
     def weights(self, network: str) -> str | None:
         """What the network's row is fine-tuned from; None where there is nothing, and then `skipped` says why."""
         if network in self.given:
-            self.starts[network] = f"given ({self.given[network]})"
+            self.starts[network] = "given"
             return self.given[network]
         if self.labelled is not None:
             self.starts[network] = "labelled" if self.usi_teacher is None else "labelled, USI"
@@ -124,25 +125,27 @@ class Supervised:
             f"epoch is that of the best balanced accuracy on validation. Mean of {seeds} training"
             f"{'s' if seeds > 1 else ''} on the same split with 95 % intervals over {unit}"
             f"{' and trainings' if seeds > 1 else ' (one training says nothing of others)'}, differences paired. The "
-            "paper's is ImageNet's top-1, one training of each. "
+            "paper's is ImageNet's top-1. "
             f"{comparisons({name: gain['accuracy']['p'] for name, gain in gains.items()}, 'accuracy')}"
         )
         columns = ["network", "accuracy", "minus the same without SAT", "paper", "paper, minus the same without SAT"]
         return Table(columns, cells, "Table 6: SAT", note)
 
+    def answer(self, summary: dict[str, Any]) -> list[str]:
+        """Table 6 in a sentence."""
+        if not summary["sat_gain"] or self.labelled is None:
+            return []
+        gains = [f"{difference(summary['sat_gain'][sat]['accuracy'])} to {plain}" for plain, sat in SAT]
+        return [f"On {self.labelled.root.name} SAT adds {' and '.join(gains)}."]
+
     def words(self) -> list[str]:
         """What the page says of how these rows came about."""
         said = []
         if self.starts:
-            begun = "; ".join(f"{network}: {how}" for network, how in self.starts.items())
-            said.append(
-                f"Supervised rows start from: {begun}. Their images, and with them the budget, are others than those "
-                "of the rows above."
-            )
+            begun = [f"{network} from {self._from(network)}" for network in self.starts]
+            said.append(f"Supervised rows start elsewhere, with another budget: {', '.join(begun)}.")
         if self.usi_teacher is not None:
-            said.append(
-                f"The labelled images are learnt with USI's loss, cross-entropy plus 5 KL, from {self.usi_teacher}."
-            )
+            said.append(f"Labels are learnt with USI's loss, cross-entropy plus 5 KL, from {self.usi_teacher}.")
         if self.skipped:
             said.append(f"Left out: {' '.join(f'{what} ({why}).' for what, why in self.skipped.items())}")
         return said
@@ -157,6 +160,12 @@ class Supervised:
         own = {"network": network, "weights": weights or "auto", **self.pretraining}
         make = partial(baselines.supervised, self.labelled, **own)
         return self.made.run(f"usi-teacher-{network}", lambda s: make(seed=s), self.made.seeds[:1])[0]
+
+    def _from(self, network: str) -> str:
+        how = self.starts[network]
+        if how == "given":
+            return self.given[network]
+        return "ImageNet weights" if self.labelled is None else f"the labels of {self.labelled.root.name}"
 
     def _make(self, network: str, weights: str) -> None:
         backbone(network, self.pretraining["image_size"], 0)(weights=weights)

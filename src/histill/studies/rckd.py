@@ -6,7 +6,7 @@ Kim et al., Bioengineering 10 (2023) 1279; see `histill.recipes.rckd` and `histi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from histill.progress import notice
 from histill.recipes import baselines, rckd
 from histill.run import Run
 from histill.studies._common import Study
+from histill.studies._rckd_supervised import Supervised, given_weights
 from histill.transfer import check_apart
 
 __all__ = ["PAPER", "study"]
@@ -98,26 +99,28 @@ class _Work:
     sets: dict[str, Images]
     patches: Images
     teacher: str
-    labelled: Images | None
+    supervised: Supervised
     pretraining: dict[str, Any]
     finetuning: dict[str, Any]
     rckd: dict[str, Any]
     labels: int | None
     redraw: bool
     head_width: int | None = None
-    skipped: list[str] = field(default_factory=list)
 
-    def pretrained(self, method: str, network: str) -> Run | None:
-        """The backbone of one row; None of random weights."""
+    def weights(self, method: str, network: str) -> str | None:
+        """What a row is fine-tuned from; None where it has to be left out."""
         if method == "random":
-            return None
+            return "none"
+        if method == "supervised":
+            return self.supervised.weights(network)
+        return str(self.pretrained(method, network).path)
+
+    def pretrained(self, method: str, network: str) -> Run:
+        """The backbone of a row that learns from patches."""
         name, seed = f"pretrain-{method}-{network}", self.made.seeds[0]
         make: Any
         if method == "rckd":
             make = partial(rckd.pretrain, self.patches, self.teacher, network=network, **self.pretraining, **self.rckd)
-        elif method == "supervised":
-            assert self.labelled is not None
-            make = partial(baselines.supervised, self.labelled, network=network, **self.pretraining)
         else:
             own: Any = {"method": method, "network": network, "head_width": self.head_width, **self.pretraining}
             make = partial(baselines.pretrain, self.patches, **own)
@@ -125,11 +128,8 @@ class _Work:
 
     def row(self, method: str, network: str) -> None:
         """Pretrain, and fine-tune on every set with every seed."""
-        if method == "supervised" and self.labelled is None:
-            self.skipped.append(f"{METHODS[method]} {network}")
+        if (weights := self.weights(method, network)) is None:
             return
-        run = self.pretrained(method, network)
-        weights = "none" if run is None else str(run.path)
         for name, data in self.sets.items():
             if data.masks and network.startswith("vit"):
                 continue  # no pyramid of features to decode
@@ -173,6 +173,8 @@ def study(
     teacher: str | None = None,
     others: Sequence[Path] = (),
     labelled: Path | None = None,
+    supervised_weights: Sequence[str] = (),
+    usi_teacher: str | None = None,
     tables: Sequence[Tables] = ("3", "4", "5", "6", "search"),
     methods: Sequence[str] = tuple(METHODS),
     labels: int | None = None,
@@ -209,7 +211,11 @@ def study(
         unlabelled: a folder of patches.
         teacher: a run of rckd.teacher, or the official StarDist weights.
         others: further sets, each a folder or a manifest, with labels or masks; split in the same shares.
-        labelled: another labelled folder or manifest, for supervised pretraining; without it those rows are left out.
+        labelled: another labelled folder or manifest, for supervised pretraining and Table 6, which is judged on a test
+            part of it; without it the supervised rows start from ImageNet weights, where they can be had.
+        supervised_weights: NETWORK=WEIGHTS, a file, a run or imagenet, that the network's supervised row starts from.
+        usi_teacher: what supervised pretraining learns from too (USI): a run of the labelled images' classes, or
+            NETWORK or NETWORK=WEIGHTS, which learns them first, from ImageNet weights where they can be had.
         tables: 3, 4, 5, 6 (SAT, on the labelled folder), search (Figure 5).
         methods: which pretrainings, of random, barlow-twins, moco, simclr, mae, supervised and rckd.
         labels: how many training images of each set are used (none: all).
@@ -232,7 +238,7 @@ def study(
         sample: how many patches, drawn at random; all pretrainings see the same.
         sizes: image sizes of the search.
         rates: learning rates of the search.
-        seeds: how many fine-tunings each row has (paper: 5); pretraining is done once.
+        seeds: how many fine-tunings each row has (paper: 5), and how many trainings Table 6; pretraining is done once.
         splits: new for each repeat, or the same one for all.
         seed: of the first repeat; the others follow.
         device: auto, cpu, cuda or mps.
@@ -253,19 +259,29 @@ def study(
         more = read_parts(Path(path), **shares, seed=seed, patient=None)
         sets[f"{more.root.name}{'' if more.root.name not in sets else len(sets)}"] = more
     patches = sampled(kept_tissue(read_unlabelled(unlabelled)), sample, seed=seed)
-    first = None if labelled is None else read_parts(Path(labelled), val=0.1, test=0.0, seed=seed, patient=None)
-    for one in sets.values():  # with new splits every image is a test image some time
-        judged = one.with_frame(one.frame.assign(split="test")) if splits == "new" and seeds > 1 else one
-        check_apart(patches, judged)
+    first = None
+    if labelled is not None:
+        first = read_parts(Path(labelled), val=0.1, test=0.1, seed=seed, patient=None, target="labels")
+    judged = list(sets.values())
+    if splits == "new" and seeds > 1:  # every image is a test image some time
+        judged = [one.with_frame(one.frame.assign(split="test")) for one in judged]
+    for one in judged:
+        check_apart(patches, one)
         if first is not None:
-            check_apart(first, judged, "--labelled")
+            check_apart(first, one, "--labelled")
+    rows = [pair for table in ("3", "4", "5") if table in tables for pair in ROWS[table][1] if pair[0] in methods]
+    pretraining = {"image_size": pretrain_image_size, "epochs": pretrain_epochs, "batch_size": pretrain_batch_size}
+    made = Study(Path(out), range(seed, seed + seeds), {"device": device, "precision": precision})
+    given = given_weights(supervised_weights, [network for method, network in rows if method == "supervised"])
+    supervised = Supervised(made, first, given, usi_teacher, pretraining, judged)
+    supervised.check()
     work = _Work(
-        made=Study(Path(out), range(seed, seed + seeds), {"device": device, "precision": precision}),
+        made=made,
         sets=sets,
         patches=patches,
         teacher=teacher,
-        labelled=first,
-        pretraining={"image_size": pretrain_image_size, "epochs": pretrain_epochs, "batch_size": pretrain_batch_size},
+        supervised=supervised,
+        pretraining=pretraining,
         finetuning={
             **{"image_size": image_size, "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer, "lr": lr},
             **{"schedule": schedule, "patience": patience, "select": select},
@@ -278,18 +294,16 @@ def study(
         redraw=splits == "new",
         head_width=head_width,
     )
-    rows = [pair for table in ("3", "4", "5") if table in tables for pair in ROWS[table][1] if pair[0] in methods]
+    sat = "6" in tables and supervised.sat()  # first: its trainings with the first seed start rows
     for method, network in dict.fromkeys(rows):
         work.row(method, network)
     search = _search(work, sizes, rates) if "search" in tables else {}
-    sat = _sat(work) if "6" in tables else {}
     return _report(work, tables, search, sat)
 
 
 def _search(work: _Work, sizes: Sequence[int], rates: Sequence[float]) -> dict[tuple[int, float, str], str]:
     """Figure 5: image size, learning rate, and position encodings frozen or trained, on the first set's validation."""
     run, first = work.pretrained("rckd", "CSAT"), next(iter(work.sets.values()))
-    assert run is not None
     found: dict[tuple[int, float, str], str] = {}
     for size in sizes:
         for rate in rates:
@@ -301,25 +315,14 @@ def _search(work: _Work, sizes: Sequence[int], rates: Sequence[float]) -> dict[t
     return found
 
 
-def _sat(work: _Work) -> dict[str, Run]:
-    """Table 6: with and without SAT, on the labelled folder in place of ImageNet."""
-    if work.labelled is None:
-        work.skipped.append("Table 6")
-        return {}
-    found = {}
-    for network in PAPER["imagenet"]:
-        found[network] = work.pretrained("supervised", network)
-    return {name: run for name, run in found.items() if run is not None}
-
-
 def _metric(data: Images) -> str:
     return "miou" if data.masks else "accuracy"
 
 
-def _report(work: _Work, tables: Sequence[str], search: dict[tuple[int, float, str], str], sat: dict[str, Run]) -> str:
+def _report(work: _Work, tables: Sequence[str], search: dict[tuple[int, float, str], str], sat: bool) -> str:
     made = work.made
     summary: dict[str, Any] = {"rows": {}, "gain": {}, "gain_over_self_supervised": {}}
-    summary |= {"search_validation": {}, "sat_validation": {}}
+    summary |= {"search_validation": {}, "sat": {}, "sat_gain": {}}
     for name in work.sets:
         for pair in dict.fromkeys(p for t in ("3", "4", "5") if t in tables for p in ROWS[t][1]):
             if (row := f"{pair[0]}-{pair[1]}-{name}") in made.runs:
@@ -347,15 +350,11 @@ def _report(work: _Work, tables: Sequence[str], search: dict[tuple[int, float, s
         figures.bars(named, path, xlabel=f"validation {metric}")
         sections.append(Picture(path, "Figure 5: image size, learning rate, position encodings."))
     if sat:
-        best = {name: float(run.log["val/accuracy"].max()) for name, run in sat.items()}
-        summary["sat_validation"] = best
-        cells = [[name, f"{100 * value:.1f} %", f"{PAPER['imagenet'][name]:.1f} %"] for name, value in best.items()]
-        note = "Best accuracy on validation of the labelled folder, one seed; the paper's is ImageNet's top-1."
-        sections.append(Table(["network", "accuracy", "paper"], cells, "Table 6: SAT", note))
+        sections.append(work.supervised.table(PAPER["imagenet"], summary))
     sections += [*_pictures(work, summary), _words(work)]
     answer = _answer(work, summary)
-    for line in work.skipped:
-        notice(f"{line}: left out, as no labelled folder was given (--labelled)")
+    for what, why in work.supervised.skipped.items():
+        notice(f"{what}: left out, as {why}")
     return made.finish("RCKD: every experiment of the paper", answer, sections, summary)
 
 
@@ -371,7 +370,8 @@ def _table(work: _Work, table: str, summary: dict[str, Any]) -> Table:
             own.append(share(summary["rows"][row][metric]) if row in summary["rows"] else "-")
             own.append(difference(summary["gain"][row][metric]) if row in summary["gain"] else "-")
         paper = " ".join(f"{v:g}" for v in PAPER["rows"][method, network])
-        cells.append([network, METHODS[method], *own, paper])
+        start = f" ({work.supervised.starts[network]})" if method == "supervised" else ""
+        cells.append([network, METHODS[method] + start, *own, paper])
     columns = [c for name, d in work.sets.items() for c in (f"{name}, {_metric(d)}", "minus random")]
     note = (
         f"Mean of {len(work.made.seeds)} fine-tunings (95 % interval over patients and repeats), differences paired. "
@@ -437,7 +437,7 @@ def _words(work: _Work) -> Text:
             "segmenter is measured. Each backbone is pretrained once.",
             f"All fine-tunings use {used}, the same images, views, schedule and seeds; the epoch is chosen on "
             f"validation. Splits are by {'patient' if unit.has_patients else 'image, as no patients are known'}.",
-            *([f"Left out, as no labelled folder was given: {', '.join(work.skipped)}."] if work.skipped else []),
+            *work.supervised.words(),
         ],
         "How",
     )
@@ -454,4 +454,5 @@ def _answer(work: _Work, summary: dict[str, Any]) -> str:
                 others = {o: summary["gain_over_self_supervised"].get(f"{row} over {o}") for o in SELF_SUPERVISED}
                 over = [f"{difference(g[metric])} over {METHODS[o]}" for o, g in others.items() if g is not None]
                 lines.append(f"{', '.join([line, *over])}.")
+    lines += work.supervised.answer(summary)
     return " ".join(lines) or "No row with RCKD and random weights was run."
