@@ -22,7 +22,7 @@ from histill.slides.tissue import tissue_mask, tissue_picture
 UM = 10.0
 GLASS = np.array([243.0, 241.0, 244.0])
 EOSIN, HAEMATOXYLIN = np.array([0.05, 0.30, 0.10]), np.array([0.40, 0.43, 0.20])
-INKS = {"blue": (0.9, 0.6, 0.15), "green": (0.8, 0.25, 0.6), "black": (0.8, 0.85, 0.8)}
+INKS = {"blue": (0.9, 0.6, 0.15), "green": (0.8, 0.25, 0.6), "black": (0.8, 0.85, 0.8), "red": (0.05, 0.8, 0.65)}
 Density = NDArray[np.float64]
 
 
@@ -83,6 +83,16 @@ def test_a_lymph_follicle_is_tissue() -> None:
     rng = np.random.default_rng(3)
     density = np.where(follicle[..., None], HAEMATOXYLIN * rng.uniform(0.9, 1.5, (300, 400, 1)), density)
     assert tissue_mask(photograph(density), UM)[follicle].mean() > 0.98
+
+
+def test_blood_is_tissue_though_it_has_the_colour_of_red_ink() -> None:
+    density, _ = section()
+    y, x = np.mgrid[:300, :400]
+    lake, vessel = (x - 180) ** 2 + (y - 140) ** 2 < 25**2, (abs(y - 200) < 4) & (abs(x - 200) < 45)
+    density = np.where((lake | vessel)[..., None], np.array([0.09, 0.55, 0.48]), density)
+    mask = tissue_mask(photograph(density), UM)
+    assert mask[lake].mean() > 0.98
+    assert mask[vessel].mean() > 0.98
 
 
 def test_shadows_edges_and_dust_are_no_tissue() -> None:

@@ -148,7 +148,7 @@ def describe(student: functools.partial[nn.Module]) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """What was installed."""
     found = {"python": platform.python_version()}
-    for name in ("histill", "torch", "timm", "lightning-fabric", "numpy", "pillow", "onnxruntime"):
+    for name in ("histill", "torch", "timm", "lightning-fabric", "numpy", "pillow", "onnxruntime", "openvino"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 import re
 import typing
 from collections.abc import Callable
@@ -101,6 +102,12 @@ class Run:
         if not isinstance(figures, dict):
             raise BadInput(f"{self.path / 'metrics.json'}: not figures of a run")
         return figures
+
+    @property
+    def temperature(self) -> float | None:
+        """That calibrates the network, fitted on the validation images; None where there is none."""
+        value = self.metrics.get("temperature") if (self.path / "metrics.json").is_file() else None
+        return float(value) if isinstance(value, (int, float)) and 0 < value < math.inf else None
 
     @property
     def predictions(self) -> pd.DataFrame:

@@ -140,6 +140,7 @@ def _export_exits(run: Run, folder: Path, loss: float, mpp: float | None) -> dic
     network = run.network()
     kind: dict[str, Any] = {"image_size": run.image_size, "classes": run.classes, "mpp": mpp}
     extra = _provenance(run) | {key: found[key] for key in ("loss", "validation", "macs")}
+    del extra["temperature"]  # of the last exit's answers
     to_exits(network, folder, threshold=found["threshold"], extra=extra, **kind)
     predictor = open_exits(folder)
     try:  # an image that stays to the end is answered as by the network
@@ -245,7 +246,7 @@ def open_any(model: str | Path, *, device: str = "cpu", code: Path | None = None
     exits = (path / "exits.json").is_file()
     if path.is_dir() and not exits:
         run = Run.open(path, code=code)
-        return TorchPredictor(run.network().to(found), run.classes, run.image_size)
+        return TorchPredictor(run.network().to(found), run.classes, run.image_size, temperature=run.temperature)
     if found.type != "cpu" and device != "auto":
         notice(f"{path} was exported, and runs on the CPU; --device {device} is for runs")
     return open_exits(path) if exits else open_model(path)
@@ -293,4 +294,5 @@ def _provenance(run: Run) -> dict[str, Any]:
         "recipe": run.info["recipe"].get("name"),
         "data": run.info["data"]["hash"],
         "histill": run.info["versions"].get("histill"),
+        "temperature": run.temperature,
     }

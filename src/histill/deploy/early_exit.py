@@ -95,6 +95,7 @@ class ExitsPredictor:
         image_size: height and width of the images that it takes, in pixels.
         threshold: an image leaves where the largest of its mean probabilities so far reaches it.
         mpp: microns per pixel at which it looks; None for plain images.
+        temperature: None; the run's was fitted on the answers of its last exit.
     """
 
     sessions: tuple[Any, ...]
@@ -102,6 +103,7 @@ class ExitsPredictor:
     image_size: int
     threshold: float
     mpp: float | None = None
+    temperature: None = None
 
     def leave(self, images: Pixels) -> tuple[Pixels, NDArray[np.int64]]:
         """``(B, 3, H, W)`` in [0, 1] -> ``(B, C)`` probabilities, and the exit ``(B,)`` of each image, from 1.

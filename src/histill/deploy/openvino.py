@@ -30,6 +30,7 @@ class OpenVinoPredictor:
     classes: tuple[str, ...]
     image_size: int
     mpp: float | None = None
+    temperature: float | None = None
     _busy: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def logits(self, images: Pixels) -> Pixels:

@@ -48,6 +48,8 @@ class Predictor(Protocol):
         classes: names, in the order of the columns.
         image_size: height and width of the images that it takes, in pixels.
         mpp: microns per pixel at which it looks; None for plain images.
+        temperature: by which its logits are divided to be calibrated, fitted on the run's validation images; None where
+            it is not known. It is not applied.
     """
 
     @property
@@ -56,6 +58,8 @@ class Predictor(Protocol):
     def image_size(self) -> int: ...
     @property
     def mpp(self) -> float | None: ...
+    @property
+    def temperature(self) -> float | None: ...
 
     def logits(self, images: Pixels) -> Pixels:
         """``(B, 3, H, W)`` in [0, 1] -> ``(B, C)`` before the softmax."""
@@ -80,6 +84,7 @@ class TorchPredictor:
     classes: tuple[str, ...]
     image_size: int
     mpp: float | None = None
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         self.network.eval()
@@ -103,6 +108,7 @@ class TorchScriptPredictor:
     classes: tuple[str, ...]
     image_size: int
     mpp: float | None = None
+    temperature: float | None = None
 
     @torch.inference_mode()
     def logits(self, images: Pixels) -> Pixels:
@@ -121,6 +127,7 @@ class OnnxPredictor:
     classes: tuple[str, ...]
     image_size: int
     mpp: float | None = None
+    temperature: float | None = None
 
     def logits(self, images: Pixels) -> Pixels:
         logits: Pixels = self.session.run(None, {self.session.get_inputs()[0].name: images})[0]
@@ -170,7 +177,9 @@ def open_model(path: str | Path, *, threads: int | None = None, image_size: int 
             f"{path} does not say its image size; export it with histill export, or open it with image_size="
         )
 
-    predictor = make(tuple(card.get("classes", ())), size, card.get("mpp"))
+    predictor = replace(
+        make(tuple(card.get("classes", ())), size, card.get("mpp")), temperature=card.get("temperature")
+    )
     try:
         shape = predictor.logits(np.zeros((1, 3, size, size), np.float32)).shape
     except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no base class
@@ -240,13 +249,13 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
         return {}
     try:
         card = json.loads(text)
-        classes, size, mpp = card["classes"], card["image_size"], card["mpp"]
+        classes, size, mpp, temperature = card["classes"], card["image_size"], card["mpp"], card.get("temperature")
         sound = (
             bool(classes)
             and all(isinstance(name, str) for name in classes)
             and type(size) is int
             and 0 < size <= MOST_SIZE
-            and (mpp is None or (type(mpp) in (int, float) and 0 < mpp < np.inf))
+            and all(x is None or (type(x) in (int, float) and 0 < x < np.inf) for x in (mpp, temperature))
         )
     except (OverflowError, ValueError, TypeError, KeyError, RecursionError):
         sound = False

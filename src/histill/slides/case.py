@@ -163,10 +163,15 @@ def _cards(case: Case) -> list[tuple[str, str, str]]:
 
 def _left(case: Case) -> str:
     """Where the tiles left a network with exits."""
-    if "exit" not in case.tiles:
+    if "exit" not in case.tiles or not (case.tiles["exit"] > 0).any():
         return ""
-    shares = case.tiles["exit"].value_counts(normalize=True).sort_index()
-    return "; left at exit " + ", ".join(f"{k}: {100 * share:.0f} %" for k, share in shares.items())
+    left = exits_of(case.tiles)
+    return "; left at exit " + ", ".join(f"{k}: {100 * share:.0f} %" for k, share in (left / left.sum()).items())
+
+
+def exits_of(tiles: pd.DataFrame) -> pd.Series[int]:
+    """How many tiles left a network with exits at each; without those that only a wide look saw."""
+    return tiles["exit"][tiles["exit"] > 0].value_counts().sort_index()
 
 
 def _over(case: Case) -> Image.Image:

@@ -65,6 +65,12 @@ class Model:
         """What computes its probabilities."""
         return type(self.fast or self.predictor).__name__.removesuffix("Predictor")
 
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        network = getattr(self.predictor, "network", None)
+        return "cpu" if network is None else next((weight.device.type for weight in network.parameters()), "cpu")
+
     def look(self, images: Pixels, *, features: bool = False) -> dict[str, NDArray[Any]]:
         """``(B, 3, H, W)`` in [0, 1] -> ``probabilities (B, C)`` float32, ``exits (B,)`` where images leave early.
 
@@ -141,7 +147,14 @@ def load_model(
     if not isinstance(predictor, TorchPredictor):
         if precision == "bf16":
             raise BadInput(f"{path}: an exported file computes in its own precision; --precision bf16 is for runs")
-        return Model(predictor, path.name, _digest(path), mpp=predictor.mpp, about={"kind": type(predictor).__name__})
+        return Model(
+            predictor,
+            path.name,
+            _digest(path),
+            mpp=predictor.mpp,
+            temperature=predictor.temperature,
+            about={"kind": type(predictor).__name__},
+        )
     kind = next((weight.device.type for weight in predictor.network.parameters()), "cpu")
     bf16 = precision == "bf16" or (precision == "auto" and computes_bf16(kind))
     if bf16:
@@ -149,8 +162,6 @@ def load_model(
     run = Run.open(path, code=code)
     name, weights = path.resolve().name, _digest(path)
     fast = compiled(run, predictor.network, weights, bf16=bf16) if runtime == "auto" and kind == "cpu" else None
-    metrics = run.metrics if (path / "metrics.json").is_file() else {}
-    temperature = metrics.get("temperature")
     return Model(
         predictor,
         name,
@@ -158,7 +169,7 @@ def load_model(
         mpp=_trained_mpp(run.info, predictor.mpp),
         bf16=bf16,
         fast=fast,
-        temperature=float(temperature) if isinstance(temperature, (int, float)) and temperature > 0 else None,
+        temperature=predictor.temperature,
         positive=run.info.get("positive"),
         about={"kind": "run", "recipe": (run.info.get("recipe") or {}).get("name"), "commit": run.info.get("commit")},
     )

@@ -26,6 +26,7 @@ from histill.deploy.predictor import one_line
 from histill.errors import BadInput, Failed, HistillError
 from histill.files import file_digest, locked, read_json, write_json
 from histill.progress import Bar, notice, progress, say
+from histill.record import versions
 from histill.slides.coarse import parents
 from histill.slides.engine import Model, load_model
 from histill.slides.grid import Grid
@@ -279,10 +280,14 @@ class _Work:
             grid.plan(slide)  # a slide without a resolution is refused before a folder is made
             job.stack.enter_context(locked(job.folder))
             settings = self._settings(job)
-            job.state = State(job.folder, key_of(slide.digest, self.model.digest, settings), resume=self.options.resume)
+            key = key_of(slide.digest, self.model.digest, settings)
+            made_by = {"device": self.model.device} | versions()
+            job.state = State(job.folder, key, made_by=made_by, resume=self.options.resume)
             if job.state.finished:
                 job.said = dict(read_json(job.folder / "slide.json"))
                 return
+            if slide.why:
+                notice(f"{job.path.name}: read by {slide.reader}, as {slide.why}")
             job.tissue = find_tissue(slide, beside(self.options.mask, job.path, "mask"))
             job.grids[_FINE] = grid
             if self.options.coarse_to_fine is not None:
@@ -445,8 +450,9 @@ class _Work:
             extra["coarse"] = rest
         for number, name in enumerate(classes):
             table[f"prob_{name}"] = probabilities[:, number]
-        if "exits" in rows and _COARSE not in job.tiles:
-            extra["exit"] = rows["exits"]
+        if "exits" in rows:
+            extra["exit"] = np.zeros(len(tiles), rows["exits"].dtype)  # 0: the wide look was sure
+            extra["exit"][job.wanted[_FINE]] = rows["exits"]
         for name, values in extra.items():
             table[name] = values
         plan = job.grids[_FINE].plan(job.slide)

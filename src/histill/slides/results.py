@@ -19,7 +19,7 @@ from histill.errors import BadInput
 from histill.files import atomic, write_json
 from histill.progress import notice
 from histill.record import versions
-from histill.slides.case import Case, write_case
+from histill.slides.case import Case, exits_of, write_case
 from histill.slides.engine import Model
 from histill.slides.geojson import Color, Feature, read_geojson, write_geojson
 from histill.slides.grid import Grid
@@ -195,7 +195,7 @@ def write_results(found: Found, timing: dict[str, dict[str, float]]) -> dict[str
         "key": found.key,
     }
     if "exit" in found.tiles:
-        said["exits"] = {str(k): int(n) for k, n in found.tiles["exit"].value_counts().sort_index().items()}
+        said["exits"] = {str(k): int(n) for k, n in exits_of(found.tiles).items()}
     if judged is not None:
         said["agreement"] = judged
     if segmented is not None:
@@ -343,6 +343,7 @@ def _settings(found: Found, least: float) -> dict[str, Any]:
     """As asked and as found, for people."""
     options = found.options
     said: dict[str, Any] = {
+        "reader": f"{found.slide.reader} ({found.slide.why})" if found.slide.why else found.slide.reader,
         "mpp": found.grid.mpp,
         "tile": found.grid.tile,
         "overlap": found.grid.overlap,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from histill.errors import BadInput
 from histill.files import atomic, digest, read_json, sweep, write_json
+from histill.progress import notice
 
 __all__ = ["CODE", "State", "key_of"]
 
@@ -38,13 +39,22 @@ class State:
     Args:
         folder: of the slide; the caller holds its lock.
         key: from `key_of`.
+        made_by: the device and the versions of what computes. Where they are not those of the chunks that are there,
+            the chunks are thrown away: other ones give other last bits.
         resume: go on with what is there; otherwise it is thrown away.
 
     Raises:
         BadInput: what is there was predicted from another slide, by another model or with other settings.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], *, resume: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        key: Mapping[str, Any],
+        *,
+        made_by: Mapping[str, str] | None = None,
+        resume: bool = True,
+    ) -> None:
         self.folder, self.key = folder / ".state", dict(key)
         sweep(folder)
         if not resume:
@@ -60,8 +70,13 @@ class State:
         if self.finished:
             self.done()  # a kill came before they were thrown away
         else:
+            made = self.folder / "made_by.json"
+            if made.is_file() and read_json(made) != dict(made_by or {}):
+                notice(f"{folder.name} was begun on another device or with other versions; it is looked at again")
+                shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             sweep(self.folder)
+            write_json(made, dict(made_by or {}))
             write_json(self.folder / "key.json", self.key)
 
     def save(self, part: str, number: int, rows: Rows) -> None:

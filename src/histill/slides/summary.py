@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def summary_of(
         model: which looked.
         seconds: that the call took.
     """
-    kept = ("call", "lesions", "tiles", "mpp", "dimensions", "timing", "agreement", "layers")
+    kept = ("call", "lesions", "tiles", "mpp", "dimensions", "timing", "agreement", "exits", "layers")
     tiles = sum(said["tiles"]["looked_at"] for said in done.values())
     found: dict[str, Any] = {
         "model": {"name": model.name, "digest": model.digest, "classes": list(model.classes)},
@@ -33,6 +34,11 @@ def summary_of(
         "failed": dict(failed),
         "timing": {"wall_s": seconds, "tiles": tiles, "tiles_per_second": tiles / seconds if seconds else None},
     }
+    left = Counter[str]()
+    for said in done.values():
+        left.update(said.get("exits", {}))
+    if left:
+        found["exits"] = {k: count / left.total() for k, count in sorted(left.items())}
     hits = [said["agreement"]["hits"] for said in done.values() if said.get("agreement")]
     if hits:
         scored = [([-np.inf if s is None else s for s in hit["lesions"]], hit["false_positives"]) for hit in hits]
@@ -54,4 +60,7 @@ def summary_lines(summary: Mapping[str, Any], out: str | Path) -> str:
         if judged and judged["dice"] is not None:
             line += f", Dice {judged['dice']:.3f}"
         lines.append(f"{line}: {Path(out) / stem / said['layers']['page']}")
+    if "exits" in summary:
+        shares = ", ".join(f"{k}: {100 * share:.0f} %" for k, share in summary["exits"].items())
+        lines.append(f"tiles left at exit {shares}")
     return "\n".join(lines)

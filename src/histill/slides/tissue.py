@@ -26,6 +26,7 @@ SPECK_UM2 = 15_000.0  # smaller pieces are dust
 HOLE_UM2 = 10_000.0  # smaller holes are lumina and cracks that belong to the tissue
 INK_UM2 = 20_000.0  # smaller spots of the colour of ink are pigment
 STROKE_UM = 300.0  # no shorter line is taken for ink where there is tissue
+RED_STROKE_UM = 1200.0  # of red ink, which has the colour of blood: vessels are cut shorter
 LEAST_COLOUR, MOST_COLOUR = 0.03, 0.08  # optical density; the palest stroma has 0.04
 GREY = 0.25  # of the mean density
 _CROSS, _SQUARE = ndimage.generate_binary_structure(2, 1), ndimage.generate_binary_structure(2, 2)
@@ -181,8 +182,9 @@ def _otsu(values: NDArray[np.float32]) -> float:
 def _ink(density: NDArray[np.float32], um: float) -> Mask:
     """Felt pen: dense, and of a colour that no stain has (blue and green take red before green, black takes all).
 
-    Over tissue blue ink looks like the densest haematoxylin. There it is ink only where it is a stroke, longer than
-    wide, and far denser than the rest: a lymph follicle or a nest of dark nuclei is neither.
+    Red ink takes blue as it takes green, which eosin does not but blood does: only long strokes are red ink. Over
+    tissue blue ink looks like the densest haematoxylin. There it is ink only where it is a stroke, longer than wide,
+    and far denser than the rest: a lymph follicle or a nest of dark nuclei is neither.
     """
     red, green, blue = density
     mean = density.mean(0)
@@ -197,20 +199,23 @@ def _ink(density: NDArray[np.float32], um: float) -> Mask:
     stained = red[mean > 0.05]
     usual = float(np.median(stained)) if stained.size else 0.0
     over = (red > max(0.45, 2.2 * usual)) & (red > 0.88 * green) & (blue < 0.55 * red)
-    sure |= _strokes(_closed(over, 25 / um), um)
+    sure |= _strokes(_closed(over, 25 / um), STROKE_UM / um)
     # A stroke's soft edge, and where it takes the colour of the tissue below.
     maybe = _dilated(sure, 80 / um) & (red > 0.1) & ((red > 0.7 * green) | (red > 0.3)) & (mean > 1.3 * usual)
-    return _dilated(np.asarray(ndimage.binary_propagation(sure, mask=maybe | sure)), 12 / um)
+    reds = _strokes(_closed((blue > 0.4) & (blue > 0.55 * green) & (red < 0.4 * green), 25 / um), RED_STROKE_UM / um)
+    edge = _dilated(reds, 80 / um) & (blue > 0.15) & (blue > 0.5 * green) & (red < 0.5 * green)
+    found = ndimage.binary_propagation(sure | reds, mask=maybe | sure | edge | reds)
+    return _dilated(np.asarray(found), 12 / um)
 
 
-def _strokes(mask: Mask, um: float) -> Mask:
-    """The connected pieces of ``mask`` that are long and thin."""
+def _strokes(mask: Mask, length: float) -> Mask:
+    """The connected pieces of ``mask`` that are longer than ``length`` pixels, and thin."""
     labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
     keep = [False]
     for number, box in enumerate(ndimage.find_objects(labels), 1):
         longest = max(part.stop - part.start for part in box)
         area = np.count_nonzero(labels[box] == number)
-        keep.append(longest * um > STROKE_UM and area < 0.3 * longest**2)
+        keep.append(longest > length and area < 0.3 * longest**2)
     return np.asarray(np.array(keep)[labels])
 
 
