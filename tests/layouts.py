@@ -265,14 +265,23 @@ def dsb2018(folder: Path) -> None:
         mask(folder / f"stage1_train/{name}/masks/{3:064x}.png")
 
 
+GREY = ("oct", "pneumonia", "breast", "tissue", "organa", "organc", "organs", "chest")
+"""The sets of MedMNIST that are published with one channel, arrays of three axes; the others have a fourth of three."""
+
+
 def medmnist(folder: Path, data: DataSet) -> None:
     rng = np.random.default_rng(0)
-    side, arrays = int(data.name.partition("-")[2] or 28), {}
+    name, _, size = data.name.partition("-")
+    side, colours = int(size or 28), () if name.removesuffix("mnist") in GREY else (3,)
+    arrays = {}
     for part in ("train", "val", "test"):
-        labels = np.arange(len(data.classes))
-        coarse = rng.integers(0, 256, (len(labels), 4, 4, 3), dtype=np.uint8)
+        labels = np.arange(len(data.classes), dtype=np.uint8)[:, None]
+        if name == "chestmnist":  # no finding, two, one
+            labels = np.eye(14, dtype=np.uint8)[[0, 3, 13]] | np.eye(14, dtype=np.uint8)[[0, 7, 13]]
+            labels[0] = 0
+        coarse = rng.integers(0, 256, (len(labels), 4, 4, *colours), dtype=np.uint8)
         arrays[f"{part}_images"] = coarse.repeat(side // 4, 1).repeat(side // 4, 2)
-        arrays[f"{part}_labels"] = labels[:, None].astype(np.uint8)
+        arrays[f"{part}_labels"] = labels
     np.savez_compressed(folder / data.files[0].name, **arrays)
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from histill.cli import run
 from histill.data import read_images, read_masks
+from histill.data.decode import decode
 from histill.data.sets import SETS, DataSet, get, manifest, page, read
 from histill.data.sets._pixels import draw, number
 from histill.data.sets.bach_wsi import in_classes
@@ -174,6 +175,10 @@ def one(folder: Path, name: str, end: str, by: str = "patient") -> dict[str, str
         ("pathmnist", "train/000003.png", {"label": "lymphocytes", "split": "train"}),
         ("bloodmnist-64", "val/000003.png", {"label": SETS["bloodmnist"].classes[3], "split": "val"}),
         ("retinamnist-224", "test/000004.png", {"label": "4", "split": "test"}),
+        ("breastmnist", "test/000001.png", {"label": "normal, benign", "split": "test"}),
+        ("organsmnist-128", "val/000010.png", {"label": "spleen", "split": "val"}),
+        ("chestmnist", "train/000000.png", {"label": "no finding", "split": "train"}),
+        ("chestmnist-64", "test/000001.png", {"label": "finding", "split": "test"}),
     ],
 )
 def test_what_the_names_say(name: str, end: str, said: dict[str, str], laid: Laid) -> None:
@@ -285,6 +290,46 @@ def test_pictures_of_medmnist_are_its_pixels(laid: Laid) -> None:
         for place, row in enumerate(rows):
             assert (np.asarray(Image.open(folder / row["path"])) == arrays["val_images"][place]).all()
             assert row["label"] == str(arrays["val_labels"][place, 0])
+
+
+@pytest.mark.parametrize("name", ["octmnist", "chestmnist-64", "tissuemnist-128"])
+def test_grey_pictures_of_medmnist_stay_grey_and_are_read_as_rgb(name: str, laid: Laid) -> None:
+    folder = laid(name)
+    rows = [row for row in listed(manifest(SETS[name], folder)) if row["split"] == "train"]
+    with np.load(folder / SETS[name].files[0].name) as arrays:
+        for place, row in enumerate(rows):
+            with Image.open(folder / row["path"]) as picture:
+                assert picture.mode == "L"
+                assert (np.asarray(picture) == arrays["train_images"][place]).all()
+            read_as = np.asarray(decode(folder / row["path"])[0])
+            assert (read_as == arrays["train_images"][place][..., None]).all()
+            assert read_as.shape[2] == 3
+
+
+def test_any_of_fourteen_findings_is_a_finding(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays, labels = {}, {}
+    for part in ("train", "val", "test"):
+        arrays[f"{part}_images"] = rng.integers(0, 256, (15, 28, 28), dtype=np.uint8)
+        labels[f"{part}_labels"] = np.eye(15, 14, dtype=np.uint8)  # one of each, and none
+    np.savez(tmp_path / "chestmnist.npz", **arrays, **labels)
+    for row in listed(manifest(SETS["chestmnist"], tmp_path)):
+        assert row["label"] == ("no finding" if row["path"].endswith("000014.png") else "finding")
+    for wrong in (np.eye(15, 14, dtype=np.uint8) * 2, np.eye(15, 13, dtype=np.uint8), -np.eye(15, 14, dtype=np.int8)):
+        np.savez(tmp_path / "chestmnist.npz", **arrays, **labels | {"val_labels": wrong})
+        with pytest.raises(BadInput, match="not 14 of 0 and 1"):
+            manifest(SETS["chestmnist"], tmp_path)
+
+
+def test_medmnist_is_whole() -> None:
+    names = {name.partition("-")[0] for name in SETS if "mnist" in name}
+    assert len(names) == 12
+    for name in names:
+        sizes = [SETS[name], *(SETS[f"{name}-{side}"] for side in (64, 128, 224))]
+        stems = [name, *(f"{name}_{side}" for side in (64, 128, 224))]
+        assert [data.files[0].name for data in sizes] == [f"{stem}.npz" for stem in stems]
+        assert len({data.files[0].checksum for data in sizes}) == 4
+    assert len({SETS[name].files[0].checksum for name in SETS if "mnist" in name}) == 48
 
 
 def test_copies_that_contradict_one_another_are_listed_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ def page(sets: Iterable[DataSet]) -> str:
         "| name | what it is, and for what | images and split | patient | pitfalls | files |",
         "|---|---|---|---|---|---|",
     ]
-    for _, same in groupby(sets, key=lambda data: (data.citation, data.classes)):
+    for _, same in groupby(sets, key=lambda data: (data.citation, data.classes, tuple(data.images.items()))):
         data, *others = same
         what = data.what.rpartition("; ")[0] if others else data.what  # the size is in the name
         learnt = f"{len(data.classes)} classes" if data.task == "labels" else f"{data.task}: {', '.join(data.classes)}"
