@@ -246,6 +246,22 @@ def test_every_table_and_figure_of_the_paper_is_printed(
     assert set(gains) == {f"rckd-test_resnet-labels over {other}" for other in ("barlow-twins", "moco", "simclr")}
 
 
+@pytest.mark.slow
+def test_maes_transformer_is_fine_tuned_on_masks_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, segmented: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(
+        studied, "ROWS", {"3": ("Table 3", ()), "4": ("", ()), "5": ("Table 5", (("mae", "test_vit"),))}
+    )
+    monkeypatch.setitem(PAPER, "rows", {**PAPER["rows"], ("mae", "test_vit"): tuple(range(8))})
+    write_images(tmp_path / "glands", patients=6, images_per_patient=1, size=48, seed=9, masks=True)
+    data = split(read_masks(tmp_path / "glands/manifest.csv", kind="instances"), val=0.25, test=0.25)
+    text = study(data, out=tmp_path / "o", tables=("5",), **segmented, **TINY | {"head_width": 16, "image_size": 64})
+    row = json.loads((tmp_path / "o/summary.json").read_text())["rows"]["mae-test_vit-glands"]
+    assert len(row["miou"]["seeds"]) == 2
+    assert "glands, miou" in text
+
+
 def test_without_patches_or_a_segmenter_the_line_says_what_to_give(tmp_path: Path, capsys: Any) -> None:
     table(tmp_path / "d", 40)
     assert cli.run(["study", "rckd", "--data", str(tmp_path / "d"), "--out", str(tmp_path / "o")]) == 2

@@ -131,8 +131,6 @@ class _Work:
         if (weights := self.weights(method, network)) is None:
             return
         for name, data in self.sets.items():
-            if data.masks and network.startswith("vit"):
-                continue  # no pyramid of features to decode
             tuned = partial(rckd.finetune, network=network, weights=weights, **self.finetuning)
             self.made.run(f"{method}-{network}-{name}", partial(self.tuned, data, tuned))
 
