@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from histill.deploy.predictor import TorchPredictor
 from histill.slides.engine import Model
-from histill.slides.segment import attention_maps, feature_maps, segment
+from histill.slides.heatmap import Heatmap
+from histill.slides.segment import Segmentation, answers, segment
 from histill.types import Outputs
 
 CLASSES = ("none", "a", "b")
@@ -92,16 +93,28 @@ class Looks(nn.Module):
 def test_attention_is_where_the_network_looks() -> None:
     model = Model(TorchPredictor(Looks(), ("a", "b"), 32), "looks", "")
     images = np.zeros((3, 3, 32, 32), np.float32)
-    maps = attention_maps(model, images)
-    assert maps is not None
+    found = answers(model, images)
+    assert set(found) == {"attention", "layer4"}
+    maps = found["attention"]
     assert maps.shape == (3, 32, 32)
     assert maps.min() == 0
     assert 0.8 < maps.max() <= 1
     row, column = np.unravel_index(maps[0].argmax(), (32, 32))
     assert (row // 8, column // 8) == (1, 2)
-    assert np.array_equal(feature_maps(model, images, "layer4"), maps)
-    assert feature_maps(model, images, "logits") is None
-    assert feature_maps(model, images, "layer9") is None
+    assert np.array_equal(found["layer4"], maps)  # of features the magnitude counts
+
+
+def test_a_mask_becomes_shares_of_coarser_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("histill.slides.segment._OUTLINED_PX", 3)
+    labels = np.zeros((5, 7), np.uint8)
+    labels[:2, :3], labels[4, 6] = 2, 1  # 7 pixels in 3: blocks of 3, the last ones cut off
+    made = Segmentation(labels, ("a", "b"), ("b",), 2.0, 1.0)
+    heat = np.arange(2 * 2 * 3, dtype=np.float32).reshape(2, 2, 3) / 12
+    heatmap = Heatmap(heat, np.ones((2, 3), np.bool_), ("a", "b"), 6.0, 3.0, (14, 10))
+    fine, share = made.over(heatmap)
+    assert share.tolist() == [[[pytest.approx(6 / 9), 0, 0], [0, 0, 0]]]
+    assert (fine.classes, fine.l0_pixel, fine.mpp) == (("b",), 6.0, 3.0)
+    assert np.array_equal(fine.probabilities, heat[1:])
 
 
 @pytest.mark.parametrize("precise", [True, False])

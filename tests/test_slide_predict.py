@@ -313,6 +313,11 @@ def test_each_class_has_its_unet(slide: Path, model: Path, tmp_path: Path) -> No
     both, either = ((mask == 2) & (kinds == 2)).sum(), ((mask == 2) | (kinds == 2)).sum()
     assert both / either > 0.85  # a pixel needs the vote of most tiles over it, and at the rim some are normal
     assert said["segmentation"]["area_um2"] == {"tumour": float((mask == 2).sum())}
+    features = check(tmp_path / "out" / "one" / "lesions.geojson", types={"annotation"})
+    drawn = sum(f["properties"]["measurements"]["area um^2"] for f in features)
+    assert drawn == pytest.approx(said["segmentation"]["area_um2"]["tumour"], rel=0.02)
+    assert said["call"]["lesion_area_um2"]["tumour"] == pytest.approx(drawn, rel=1e-3)
+    assert said["agreement"]["iou"] == pytest.approx(both / either, abs=0.02)  # of the outlines that U-Nets drew
     with pytest.raises(BadInput, match="outlines"):
         predict_slide(outline, slide, tmp_path / "b", mpp=1.0)
     with pytest.raises(BadInput, match=r"not an outline"):

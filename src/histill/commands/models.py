@@ -86,11 +86,15 @@ def predict(
     device: str = "auto",
     code: Path | None = None,
 ) -> None:
-    """Class and probabilities of every image in a folder.
+    """Class and probabilities of every image in a folder, or its mask where the model outlines.
+
+    A model that outlines writes, beside OUT.csv, OUT.masks/ (a PNG of each image at its own size: class numbers, or
+    numbers of nuclei) and OUT.outlines/ (the image with outlines). The table then has each class's share of the pixels,
+    its area where the microns per pixel are known, the number of nuclei, and the mean confidence.
 
     Args:
         model: a run, an .onnx, OpenVINO's .xml or a TorchScript file, or the folder of an export with early exit.
-        images: an image, a folder (searched through) or a CSV manifest with a column path.
+        images: an image, a folder (searched through) or a CSV manifest with a column path (and, where known, mpp).
         out: a .csv or .parquet file.
         batch_size: images at once.
         strict: an unreadable image is an error; otherwise it is named and left out.

@@ -25,7 +25,7 @@ from histill.slides.engine import Model
 from histill.slides.geojson import Color
 from histill.slides.grid import Grid
 from histill.slides.lesions import Lesion
-from histill.slides.segment import attention_maps
+from histill.slides.segment import answers
 from histill.slides.slide import Slide
 
 __all__ = ["Case", "write_case"]
@@ -33,6 +33,7 @@ __all__ = ["Case", "write_case"]
 _SHOWN_LESIONS = 50  # in the table
 _DRAWN_LESIONS = 500
 _TILE_PX = 168  # of a telling tile on the page
+_STAGED = 3  # of them with what each stage answers to
 _QUALITY = 85
 
 
@@ -232,27 +233,32 @@ def _segmented_rows(case: Case) -> list[list[str]]:
     return [] if case.segmented is None else [[name, area(um2)] for name, um2 in case.segmented["area_um2"].items()]
 
 
-def _telling(case: Case) -> list[dict[str, str]]:
+def _telling(case: Case) -> list[dict[str, Any]]:
     """The tiles on which the call rests, with where the network looked if it says so."""
     evidence = case.call.get("evidence", [])
     if not evidence:
         return []
     pixels = [case.grid.read(case.slide, tile["x"], tile["y"]) for tile in evidence]
     images = np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2), np.float32) / np.float32(255)
-    maps = attention_maps(case.model, images)
+    maps = answers(case.model, images)
+    attention = maps.pop("attention", None)
     shown = []
     for number, (tile, image) in enumerate(zip(evidence, pixels)):
-        said = {
-            "data": _embedded(_small(Image.fromarray(image)), "JPEG"),
-            "caption": f"{tile['probability']:.3f} at {tile['x']}, {tile['y']}",
-            "attention": "",
-        }
-        if maps is not None:
-            # What the network looks at stays as it is, the rest fades.
-            light = 255 - (255 - image) * (0.15 + 0.85 * maps[number][..., None])
-            said["attention"] = _embedded(_small(Image.fromarray(np.asarray(np.rint(light), np.uint8))), "JPEG")
-        shown.append(said)
+        shown.append(
+            {
+                "data": _embedded(_small(Image.fromarray(image)), "JPEG"),
+                "caption": f"{tile['probability']:.3f} at {tile['x']}, {tile['y']}",
+                "attention": "" if attention is None else _faded(image, attention[number]),
+                "stages": {name: _faded(image, of[number]) for name, of in maps.items()} if number < _STAGED else {},
+            }
+        )
     return shown
+
+
+def _faded(image: NDArray[np.uint8], answer: NDArray[np.float32]) -> str:
+    """What the network answers to stays as it is, the rest fades."""
+    light = 255 - (255 - image) * (0.15 + 0.85 * answer[..., None])
+    return _embedded(_small(Image.fromarray(np.asarray(np.rint(light), np.uint8))), "JPEG")
 
 
 def _small(picture: Image.Image) -> Image.Image:

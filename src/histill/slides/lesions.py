@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -34,6 +34,7 @@ __all__ = [
     "call_slide",
     "find_lesions",
     "froc",
+    "largest_first",
     "lesion_classes",
     "lesion_features",
     "lesion_hits",
@@ -105,6 +106,7 @@ def find_lesions(
     labels: Sequence[str],
     *,
     threshold: float | None = None,
+    marked: NDArray[np.float32] | None = None,
     min_area_um2: float = 0.0,
     min_hole_um2: float = 0.0,
 ) -> list[Lesion]:
@@ -114,6 +116,8 @@ def find_lesions(
         heatmap: probabilities.
         labels: the classes.
         threshold: a class is there where its probability is above it; by default where it is above every other's.
+        marked: ``(C, H, W)``, the share of each pixel that a U-Net marked as the class; where given, a class is there
+            where it is more than half, and the probabilities are only measured.
         min_area_um2: smaller ones are left out.
         min_hole_um2: smaller holes are filled.
     """
@@ -124,7 +128,10 @@ def find_lesions(
     for label in labels:
         own = heatmap.classes.index(label)
         p = np.pad(heatmap.probabilities[own], 1)
-        field = _margin(heatmap, own, threshold)
+        if marked is None:
+            field = _margin(heatmap, own, threshold)
+        else:
+            field = _bordered(marked[own] - np.float32(0.5), heatmap.covered)
         for rings in _contours(field):
             polygon = shapely.Polygon(rings[0], [hole for hole in rings[1:] if _area(hole) * um * um >= min_hole_um2])
             if not polygon.is_valid:  # rings that touch where the field is at the level on a grid point
@@ -134,7 +141,12 @@ def find_lesions(
             for part in getattr(polygon, "geoms", [polygon]):
                 if part.geom_type == "Polygon" and part.area * um * um >= max(min_area_um2, 1e-9):
                     found.append(_measured(part, label, p, field, heatmap))
-    return sorted(found, key=lambda lesion: (-lesion.area_um2, lesion.label, lesion.peak))
+    return largest_first(found)
+
+
+def largest_first(lesions: Iterable[Lesion]) -> list[Lesion]:
+    """In the order of tables and numbers."""
+    return sorted(lesions, key=lambda lesion: (-lesion.area_um2, lesion.label, lesion.peak))
 
 
 def _margin(heatmap: Heatmap, own: int, threshold: float | None) -> NDArray[np.float32]:

@@ -24,7 +24,15 @@ from histill.slides.engine import Model
 from histill.slides.geojson import Color, Feature, read_geojson, write_geojson
 from histill.slides.grid import Grid
 from histill.slides.heatmap import Heatmap, blend, overlay, quantised, write_deepzoom, write_ome_tiff
-from histill.slides.lesions import Lesion, agreement, call_slide, find_lesions, lesion_features, lesion_hits
+from histill.slides.lesions import (
+    Lesion,
+    agreement,
+    call_slide,
+    find_lesions,
+    largest_first,
+    lesion_features,
+    lesion_hits,
+)
 from histill.slides.options import Options
 from histill.slides.regions import is_geojson, paint, read_mask
 from histill.slides.segment import Segmentation, open_segmenters, segment
@@ -103,15 +111,19 @@ def write_results(found: Found, timing: dict[str, dict[str, float]]) -> dict[str
         least = options.min_area_um2
         if least is None:
             least = (found.grid.tile * found.grid.mpp) ** 2 / 4
-        lesions = find_lesions(
-            heatmap, found.labels, threshold=options.threshold, min_area_um2=least, min_hole_um2=least
-        )
-        call = call_slide(found.tiles, model.classes, lesions, found.labels, temperature=model.temperature)
-        judged = None if found.truth is None else _judge(found, heatmap, lesions)
     segmented = None
     if options.segment:
         with _spent(timing, "segment"):
             segmented = _segmented(found)
+    with _spent(timing, "post"):
+        limits: dict[str, Any] = {"threshold": options.threshold, "min_area_um2": least, "min_hole_um2": least}
+        fine, lesions = heatmap, find_lesions(heatmap, _not_in(found.labels, segmented), **limits)
+        if segmented is not None:
+            fine, marked = segmented.over(heatmap)
+            outlined = [label for label in found.labels if label in segmented.segmented]
+            lesions = largest_first([*lesions, *find_lesions(fine, outlined, marked=marked, **limits)])
+        call = call_slide(found.tiles, model.classes, lesions, found.labels, temperature=model.temperature)
+        judged = None if found.truth is None else _judge(found, fine, lesions)
     with _spent(timing, "write"):
         layers: dict[str, str] = {}
 
@@ -208,7 +220,14 @@ def write_results(found: Found, timing: dict[str, dict[str, float]]) -> dict[str
 def _spent(timing: dict[str, dict[str, float]], what: str) -> Iterator[None]:
     start, cpu = time.monotonic(), time.process_time()
     yield
-    timing[what] = {"wall_s": time.monotonic() - start, "busy_s": time.process_time() - cpu}
+    spent = timing.setdefault(what, {"wall_s": 0.0, "busy_s": 0.0})
+    spent["wall_s"] += time.monotonic() - start
+    spent["busy_s"] += time.process_time() - cpu
+
+
+def _not_in(labels: Sequence[str], segmented: Segmentation | None) -> list[str]:
+    """The classes that the heatmap outlines: those without a U-Net."""
+    return [label for label in labels if segmented is None or label not in segmented.segmented]
 
 
 def _heatmap(found: Found, mpp: float) -> Heatmap:

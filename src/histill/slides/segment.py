@@ -30,12 +30,13 @@ from histill.memory import Fits
 from histill.models.mac_resnet import attention_mask
 from histill.slides.engine import Model
 from histill.slides.grid import Grid
-from histill.slides.heatmap import write_ome_tiff
+from histill.slides.heatmap import Heatmap, write_ome_tiff
 from histill.slides.slide import Slide
 
-__all__ = ["Segmentation", "attention_maps", "feature_maps", "open_segmenters", "segment"]
+__all__ = ["Segmentation", "answers", "open_segmenters", "segment"]
 
 _THRESHOLD = 0.5
+_OUTLINED_PX = 4096  # outlines finer than that of a whole slide are in the mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,34 @@ class Segmentation:
             counts += np.bincount(self.labels[top : top + 1024].ravel(), minlength=256)
         area = {name: float(counts[self.classes.index(name) + 1]) * self.mpp**2 for name in self.segmented}
         return {"area_um2": area, "mpp": self.mpp, "l0_pixel": self.l0_pixel}
+
+    def over(self, heatmap: Heatmap) -> tuple[Heatmap, NDArray[np.float32]]:
+        """What outlines are drawn from: pixels of whole mask pixels, at most `_OUTLINED_PX` along the longer side.
+
+        Returns:
+            ``heatmap``'s probabilities of the segmented classes, each pixel that of the nearest; and ``(C, H, W)``, the
+            share of each pixel that is marked as the class.
+        """
+        height, width = self.labels.shape
+        side = math.ceil(max(height, width) / _OUTLINED_PX)
+        rows, columns = math.ceil(height / side), math.ceil(width / side)
+        share = np.zeros((len(self.segmented), rows, columns), np.float32)
+        values = [self.classes.index(name) + 1 for name in self.segmented]
+        starts = np.arange(0, width, side)
+        wide = np.diff(np.append(starts, width))
+        for row in range(rows):
+            band = np.asarray(self.labels[row * side : (row + 1) * side])
+            for number, value in enumerate(values):
+                share[number, row] = np.add.reduceat((band == value).sum(0), starts) / (len(band) * wide)
+        pixel = self.l0_pixel * side
+        ys, xs = (
+            np.minimum((np.arange(count) + 0.5) * pixel / heatmap.l0_pixel, own - 1).astype(np.int64)
+            for count, own in zip((rows, columns), heatmap.covered.shape)
+        )
+        own = [heatmap.classes.index(name) for name in self.segmented]
+        probabilities = np.stack([heatmap.probabilities[number][np.ix_(ys, xs)] for number in own])
+        everywhere = np.ones((rows, columns), np.bool_)
+        return Heatmap(probabilities, everywhere, self.segmented, pixel, self.mpp * side, heatmap.dimensions), share
 
     def write(self, path: Path) -> Path:
         """As OME-TIFF; coarser levels take every second pixel, as labels have no mean."""
@@ -228,24 +257,18 @@ def _foreground(predictor: Predictor, images: Pixels, name: str) -> Pixels:
     return np.asarray(softmax(logits, axis=1)[:, channel], np.float32)
 
 
-def attention_maps(model: Model, images: Pixels) -> NDArray[np.float32] | None:
-    """Where a run's network looks, ``(B, H, W)`` in [0, 1]: the mean of its attention maps; None where it has none."""
-    attention = _maps(model, images, "attention")
-    if attention is None:
-        return None
-    return attention_mask(torch.from_numpy(attention).mean(1), images.shape[-2:])[0].numpy()
+def answers(model: Model, images: Pixels) -> dict[str, NDArray[np.float32]]:
+    """Where a run's network answers, by the name of its outputs that are maps: each ``(B, H, W)`` in [0, 1].
 
-
-def feature_maps(model: Model, images: Pixels, name: str) -> NDArray[np.float32] | None:
-    """How strongly a named output answers, ``(B, H, W)`` in [0, 1]: the mean of its channels' magnitudes."""
-    features = _maps(model, images, name)
-    if features is None:
-        return None
-    return attention_mask(torch.from_numpy(features).abs().mean(1), images.shape[-2:])[0].numpy()
-
-
-def _maps(model: Model, images: Pixels, name: str) -> NDArray[np.float32] | None:
+    Of attention its mean, of features the mean of their magnitudes, enlarged to the images and stretched from the least
+    to the most of each image. Empty of an exported file, which gives logits alone.
+    """
     if not hasattr(model.predictor, "network"):
-        return None
-    found = model.outputs(images).get(name)
-    return None if found is None or found.ndim != 4 else found
+        return {}
+    maps = {name: value for name, value in model.outputs(images).items() if value.ndim == 4}
+    maps.pop("logits", None)
+    means = {name: value if name == "attention" else np.abs(value) for name, value in maps.items()}
+    return {
+        name: attention_mask(torch.from_numpy(value).mean(1), images.shape[-2:])[0].numpy()
+        for name, value in means.items()
+    }
