@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +76,8 @@ def _classes(predictor: Predictor, paths: Sequence[Path], batch: int) -> Iterato
         pixels = square(picture, predictor.image_size)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32) / np.float32(255)
 
-    for found in predict_folder(predictor.logits, paths, load, batch=batch):
+    maps = cast(Predictor, predictor.logits)  # it is called, and asked for nothing else
+    for found in predict_folder(maps, paths, load, batch=batch):
         if found.probabilities is None:
             yield Outlined(found.path, None, error=found.error)
         else:

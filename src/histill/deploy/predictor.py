@@ -280,7 +280,7 @@ class Prediction:
 
 
 def predict_folder(
-    predictor: Callable[[Pixels], Pixels],
+    predictor: Predictor,
     paths: Iterable[Path],
     load: Callable[[Path], Pixels],
     *,
@@ -290,7 +290,7 @@ def predict_folder(
     """Predict images in the order of ``paths``; an unreadable one is reported and the rest goes on.
 
     Args:
-        predictor: what predicts, or any function of ``(B, 3, size, size)``, whose rows are then the probabilities.
+        predictor: what predicts.
         paths: image files.
         load: path -> ``(3, size, size)`` RGB in [0, 1]; its `OSError` and `ValueError` (`BadInput`) are reported.
         batch: images at a time; they are decoded in parallel.
@@ -319,7 +319,7 @@ def predict_folder(
             progress(len(chunk))
 
 
-def _said(predictor: Callable[[Pixels], Pixels], images: list[Pixels], fits: Fits) -> list[tuple[Pixels, int | None]]:
+def _said(predictor: Predictor, images: list[Pixels], fits: Fits) -> list[tuple[Pixels, int | None]]:
     """Each image's probabilities and, with early exit, where it left."""
     if not images:
         return []
