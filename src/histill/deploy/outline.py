@@ -140,7 +140,7 @@ def write_pictures(found: Outlined, picture: Image.Image, mask: Path, outlines: 
     assert found.labels is not None
     picture = picture.copy()
     pen = ImageDraw.Draw(picture)
-    width = max(1, round(max(picture.size) / 500))
+    width = max(1, round(max(picture.size) / 300))
     # Nuclei are all of one class, each with an outline of its own.
     whole = {1: found.labels} if found.nuclei is not None else {}
     for number, layer in (whole or {int(k): found.labels == k for k in np.unique(found.labels) if k}).items():
