@@ -137,12 +137,21 @@ def test_levels_by_hand(mpp: float, level: int, side: float) -> None:
     assert plan.level_side == pytest.approx(side, rel=1e-4)
 
 
-def test_a_tile_that_is_not_resized_is_the_stored_pixels() -> None:
-    slide = slide_of(Places([(4000, 3000), (1000, 750)]))
-    grid = Grid(1.0, 50)
-    for x, y, _, _ in grid.tiles(slide).sample(20, random_state=0).itertuples(index=False):
+@pytest.mark.parametrize("ratio", [3.99987, 4.0, 4.016, 8.086])
+def test_coordinates_go_to_a_level_and_back_exactly(ratio: float) -> None:
+    """The n-th tile of a level that is not resized begins at its pixel 50 n: rounding to level 0 loses nothing."""
+    small = (6000, 4500)
+    slide = slide_of(Places([tuple(round(side * ratio) for side in small), small]), mpp=0.25)
+    grid = Grid(0.25 * slide.level_downsamples[1], 50)
+    plan, table = grid.plan(slide), grid.tiles(slide)
+    assert (plan.level, plan.level_side) == (1, 50)
+    xs, ys = (np.sort(table[axis].unique()) for axis in "xy")
+    for starts in (xs, ys):
+        assert np.array_equal(np.floor(starts / slide.level_downsamples[1] + 0.5), 50 * np.arange(len(starts)))
+    for x, y, _, _ in table.sample(40, random_state=0).itertuples(index=False):
         tile = grid.read(slide, x, y)
-        assert tile[0, 0].tolist() == [x // 4 % 256, y // 4 % 256, 1]
+        column, row = 50 * int(np.searchsorted(xs, x)), 50 * int(np.searchsorted(ys, y))
+        assert tile[0, 0].tolist() == [column % 256, row % 256, 1]  # the stored pixels
 
 
 def test_tiles_of_half_the_size_are_means() -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +22,8 @@ from histill.progress import notice, progress
 from histill.run import Run
 
 __all__ = ["predict"]
+
+_WRITERS = 4
 
 Row: TypeAlias = dict[str, Any]
 
@@ -143,18 +144,18 @@ def _outlined(
             of_it |= {f"area_um2_{c}": count * mpp.get(found.path, np.nan) ** 2 for c, count in pixels.items()}
         return of_it | {"confidence": found.confidence}
 
-    rows: list[Row] = []
-    failed = []
-    with progress("outlining", len(paths)) as bar, ThreadPoolExecutor() as pool:
-        found = outline_folder(predictor, paths, batch=batch_size)
-        while part := list(islice(found, batch_size)):
-            for said in pool.map(row, part):
-                if isinstance(said, str):
-                    failed.append(said)
-                else:
-                    rows.append(said)
+    said: list[Row | str] = []
+    with progress("outlining", len(paths)) as bar, ThreadPoolExecutor(_WRITERS) as pool:
+        waiting: deque[Future[Row | str]] = deque()
+        for found in outline_folder(predictor, paths, batch=batch_size):
+            waiting.append(pool.submit(row, found))
+            if len(waiting) > _WRITERS:
+                said.append(waiting.popleft().result())
                 bar.advance()
-    return rows, failed
+        for last in waiting:
+            said.append(last.result())
+            bar.advance()
+    return [one for one in said if not isinstance(one, str)], [one for one in said if isinstance(one, str)]
 
 
 def _pictures(names: list[Path]) -> dict[Path, Path]:

@@ -23,7 +23,7 @@ from histill.memory import Fits
 from histill.run import Run
 from histill.slides.compiled import compiled
 
-__all__ = ["Model", "load_model"]
+__all__ = ["Model", "device_of", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ class Model:
     @property
     def device(self) -> str:
         """Where it computes."""
-        network = getattr(self.predictor, "network", None)
-        return "cpu" if network is None else next((weight.device.type for weight in network.parameters()), "cpu")
+        return device_of(self.predictor)
 
     def look(self, images: Pixels, *, features: bool = False) -> dict[str, NDArray[Any]]:
         """``(B, 3, H, W)`` in [0, 1] -> ``probabilities (B, C)`` float32, ``exits (B,)`` where images leave early.
@@ -155,7 +154,7 @@ def load_model(
             temperature=predictor.temperature,
             about={"kind": type(predictor).__name__},
         )
-    kind = next((weight.device.type for weight in predictor.network.parameters()), "cpu")
+    kind = device_of(predictor)
     bf16 = precision == "bf16" or (precision == "auto" and computes_bf16(kind))
     if bf16:
         predictor.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -173,6 +172,12 @@ def load_model(
         positive=run.info.get("positive"),
         about={"kind": "run", "recipe": (run.info.get("recipe") or {}).get("name"), "commit": run.info.get("commit")},
     )
+
+
+def device_of(predictor: Predictor) -> str:
+    """Where a predictor computes: an exported file on the CPU, a run where its weights are."""
+    network = getattr(predictor, "network", None)
+    return "cpu" if network is None else next((weight.device.type for weight in network.parameters()), "cpu")
 
 
 def _joined(pieces: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:

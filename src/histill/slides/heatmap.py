@@ -8,6 +8,7 @@ where tiles begin leaves no trace. Its support is three strides; at the tissue's
 from __future__ import annotations
 
 import math
+import mmap
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from histill.errors import BadInput, require
 from histill.files import atomic, claim, full_disk, write_text
 from histill.slides.geojson import Color
 
-__all__ = ["Heatmap", "blend", "overlay", "per_stride", "write_deepzoom", "write_ome_tiff"]
+__all__ = ["Heatmap", "blend", "overlay", "per_stride", "released", "write_deepzoom", "write_ome_tiff"]
 
 Pixels = NDArray[np.uint8]
 Map = NDArray[np.float32]
@@ -193,14 +194,34 @@ def write_ome_tiff(
     xml = _ome(path.name, names, (count, height, width), mpp, colors or {})
     big = channels.nbytes > 2 << 30
     with atomic(path) as temporary, tifffile.TiffWriter(temporary, bigtiff=big, byteorder="<") as file:
-        per_cm = 1e4 / mpp
-        file.write(channels, subifds=halvings, resolution=(per_cm, per_cm), description=xml, **options)
         level = channels
-        for halving in range(1, halvings + 1):
-            level = level[:, ::2, ::2] if labels else _halved(level)
+        for halving in range(halvings + 1):
             per_cm = 1e4 / mpp / 2**halving
-            file.write(level, subfiletype=1, resolution=(per_cm, per_cm), **options)
+            if labels:
+                level = channels[:, :: 2**halving, :: 2**halving]
+            elif halving:
+                level = _halved(level)
+            place = {"subfiletype": 1} if halving else {"subifds": halvings, "description": xml}
+            shape = {"shape": level.shape, "dtype": np.uint8, "resolution": (per_cm, per_cm)}
+            file.write(_tiles(level), **place, **shape, **options)
     return path
+
+
+def _tiles(channels: Pixels) -> Iterator[Pixels]:
+    """The tiles of ``(C, H, W)``, row by row: what is mapped from a file need not be in memory at once."""
+    for channel in channels:
+        for top in range(0, channel.shape[0], _TILE):
+            band = np.array(channel[top : top + _TILE])
+            released(channels)
+            for left in range(0, channel.shape[1], _TILE):
+                yield np.ascontiguousarray(band[:, left : left + _TILE])
+
+
+def released(array: NDArray[Any]) -> None:
+    """Give back the memory of an array that is mapped from a file, which keeps what it holds."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _halved(channels: Pixels) -> Pixels:

@@ -28,14 +28,15 @@ from histill.errors import BadInput, out_of_memory
 from histill.files import claim
 from histill.memory import Fits
 from histill.models.mac_resnet import attention_mask
-from histill.slides.engine import Model
+from histill.slides.engine import Model, device_of
 from histill.slides.grid import Grid
-from histill.slides.heatmap import Heatmap, write_ome_tiff
+from histill.slides.heatmap import Heatmap, released, write_ome_tiff
 from histill.slides.slide import Slide
 
 __all__ = ["Segmentation", "answers", "open_segmenters", "segment"]
 
 _THRESHOLD = 0.5
+_CPU_PX = 1 << 19  # that a U-Net looks at at once on a CPU, where more is no faster and takes memory
 _OUTLINED_PX = 4096  # outlines finer than that of a whole slide are in the mask
 
 
@@ -62,6 +63,7 @@ class Segmentation:
         counts = np.zeros(256, np.int64)
         for top in range(0, len(self.labels), 1024):
             counts += np.bincount(self.labels[top : top + 1024].ravel(), minlength=256)
+            released(self.labels)
         area = {name: float(counts[self.classes.index(name) + 1]) * self.mpp**2 for name in self.segmented}
         return {"area_um2": area, "mpp": self.mpp, "l0_pixel": self.l0_pixel}
 
@@ -83,6 +85,7 @@ class Segmentation:
             band = np.asarray(self.labels[row * side : (row + 1) * side])
             for number, value in enumerate(values):
                 share[number, row] = np.add.reduceat((band == value).sum(0), starts) / (len(band) * wide)
+            released(self.labels)
         pixel = self.l0_pixel * side
         ys, xs = (
             np.minimum((np.arange(count) + 0.5) * pixel / heatmap.l0_pixel, own - 1).astype(np.int64)
@@ -158,6 +161,8 @@ def segment(
     band = _Band(labels, values, tile)
     fits = {name: Fits(f"the model of --segment {name}") for name in names}
     with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        if all(device_of(unet) == "cpu" for unet in segmenters.values()):
+            batch_size = min(batch_size, max(1, _CPU_PX // tile**2))
         for rows, images, name in _routed(pool, slide, grid, tiles, tops, said, classes, segmenters, batch_size):
             band.settle(int(tops[rows[0]]))
             found = None
@@ -196,6 +201,7 @@ class _Band:
                 score = self.total[:, :rows, part] / np.maximum(self.weight[:rows, part], 1)
                 sure = score.max(0) >= _THRESHOLD
                 self.labels[self.top : self.top + rows, part] = np.where(sure, self.values[score.argmax(0)], 0)
+            released(self.labels)
         for sums in (*self.total, self.weight):
             sums[: self.tile - count] = sums[count:]
             sums[self.tile - count :] = 0
