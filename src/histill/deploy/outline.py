@@ -141,17 +141,29 @@ def write_pictures(found: Outlined, picture: Image.Image, mask: Path, outlines: 
     picture = picture.copy()
     pen = ImageDraw.Draw(picture)
     width = max(1, round(max(picture.size) / 300))
-    # Nuclei are all of one class, each with an outline of its own.
-    whole = {1: found.labels} if found.nuclei is not None else {}
-    for number, layer in (whole or {int(k): found.labels == k for k in np.unique(found.labels) if k}).items():
-        for line in contours(layer):
-            pen.line([tuple(point) for point in line.tolist()], fill=_colour(number), width=width)
+    for number, line in _lines(found):
+        pen.line([tuple(point) for point in line.tolist()], fill=_colour(number), width=width)
     drawn = Image.fromarray(found.labels)
     if found.labels.dtype == np.uint8:
         drawn.putpalette([part for number in range(256) for part in _colour(number)])
     for path, image in ((outlines, picture), (mask, drawn)):
         with atomic(path, tidy=True) as temporary:
             image.save(temporary, "PNG")
+
+
+def _lines(found: Outlined) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """The outlines of each class from 1 on, or of each nucleus, which is of class 1: ``(M, 2)`` points (x, y)."""
+    from contourpy import contour_generator
+
+    assert found.labels is not None
+    if found.nuclei is not None:
+        yield from ((1, line) for line in contours(found.labels))
+        return
+    for number in range(1, int(found.labels.max()) + 1):
+        if (layer := found.labels == number).any():
+            inside = np.pad(layer.astype(np.float32), 1)  # so that an outline is closed at the image's edge
+            for line in contour_generator(z=inside).lines(0.5):
+                yield number, np.asarray(line) - 1
 
 
 def _colour(number: int) -> tuple[int, ...]:
