@@ -1,4 +1,4 @@
-"""RCKD against random weights, MoCo v2 and supervised pretraining on oral cancer: `histill study rckd`, Table 3.
+"""RCKD against random weights, self-supervision and supervised pretraining on oral cancer: `histill study rckd`, CSAT.
 
     python benchmarks/oral.py DATA SCARCE OUT
 
@@ -24,8 +24,16 @@ from histill.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS: dict[str, str] = {
-    **{"val": "0.2", "test": "0.25", "labels": "200", "tables": "3", "methods": "random moco supervised rckd"},
-    **{"seeds": "3", "image-size": "128", "epochs": "30", "batch-size": "16", "optimizer": "adamw", "lr": "1e-3"},
+    **{"val": "0.2", "test": "0.25", "labels": "200", "tables": "3", "networks": "CSAT"},
+    **{
+        "methods": "random barlow-twins moco supervised rckd",
+        "seeds": "3",
+        "image-size": "128",
+        "epochs": "30",
+        "batch-size": "16",
+        "optimizer": "adamw",
+        "lr": "1e-3",
+    },
     **{"schedule": "cosine", "patience": "30", "select": "balanced_accuracy", "pretrain-image-size": "128"},
     **{"pretrain-epochs": "10", "pretrain-batch-size": "32", "teacher-scale": "1", "pseudo": "instances"},
     "rckd-optimizer": "adamw",

@@ -31,6 +31,7 @@ from histill.errors import BadInput, Failed
 from histill.slides.coarse import compare_tiles
 from histill.slides.engine import Model, load_model
 from histill.slides.predict import predict_slide, predict_slides
+from histill.slides.state import State, key_of
 from histill.types import Outputs
 
 
@@ -201,6 +202,27 @@ def test_a_finished_slide_is_left_alone_and_another_setting_is_refused(
     with pytest.raises(BadInput, match="another model"):
         predict_slide(other, small, tmp_path)
     assert predict_slide(model, small, tmp_path, overlap=8, resume=False)["settings"]["overlap"] == 8
+
+
+def test_chunks_of_other_versions_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = key_of("slide", "model", {"tile": 32})
+    rows = {"probabilities": np.ones((3, 2), np.float32)}
+    State(tmp_path, key, made_by={"device": "cpu", "torch": "2.1"}).save("fine", 0, rows)
+    again = State(tmp_path, key, made_by={"device": "cpu", "torch": "2.1"}).load("fine", 0, 3)
+    assert again is not None
+    assert np.array_equal(again["probabilities"], rows["probabilities"])
+    for other in ({"device": "cuda", "torch": "2.1"}, {"device": "cuda", "torch": "2.2"}):
+        state = State(tmp_path, key, made_by=other)
+        assert state.load("fine", 0, 3) is None
+        assert "looked at again" in capsys.readouterr().err
+        state.save("fine", 0, rows)
+
+
+def test_another_way_to_the_pixels_is_said(small: Path, model: Path, tmp_path: Path, capsys: Any) -> None:
+    said = predict_slide(model, small, tmp_path)
+    assert "one.tif: read by openslide, as its tiles are not 8-bit RGB in JPEG" in capsys.readouterr().err
+    assert said["settings"]["reader"] == "openslide (its tiles are not 8-bit RGB in JPEG)"
+    assert "openslide (its tiles" in (tmp_path / "one" / "case.html").read_text()
 
 
 def slow_work(model: str, slide: str, out: str) -> None:

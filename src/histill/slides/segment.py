@@ -28,6 +28,7 @@ from histill.errors import BadInput, out_of_memory
 from histill.files import claim
 from histill.memory import Fits
 from histill.models.mac_resnet import attention_mask
+from histill.progress import progress
 from histill.slides.engine import Model, device_of
 from histill.slides.grid import Grid
 from histill.slides.heatmap import Heatmap, released, write_ome_tiff
@@ -160,14 +161,19 @@ def segment(
     lefts, tops = (np.rint(tiles[axis].to_numpy() / pixel).astype(np.int64) for axis in ("x", "y"))
     band = _Band(labels, values, tile)
     fits = {name: Fits(f"the model of --segment {name}") for name in names}
-    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
-        if all(device_of(unet) == "cpu" for unet in segmenters.values()):
-            batch_size = min(batch_size, max(1, _CPU_PX // tile**2))
+    if all(device_of(unet) == "cpu" for unet in segmenters.values()):
+        batch_size = min(batch_size, max(1, _CPU_PX // tile**2))
+    routed = int(np.isin(said, [classes.index(name) for name in names]).sum())
+    with (
+        ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool,
+        progress("outlining", routed, "tiles") as bar,
+    ):
         for rows, images, name in _routed(pool, slide, grid, tiles, tops, said, classes, segmenters, batch_size):
             band.settle(int(tops[rows[0]]))
             found = None
             if images is not None:
                 found = np.concatenate(fits[name](partial(_foreground, segmenters[name], name=name), images))
+                bar.advance(len(rows))
             for number, row in enumerate(rows):
                 band.add(int(lefts[row]), None if found is None else (names.index(name), found[number]))
     band.settle(height)

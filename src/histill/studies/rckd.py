@@ -175,6 +175,7 @@ def study(
     usi_teacher: str | None = None,
     tables: Sequence[Tables] = ("3", "4", "5", "6", "search"),
     methods: Sequence[str] = tuple(METHODS),
+    networks: Sequence[str] = (),
     labels: int | None = None,
     image_size: int = 384,
     epochs: int = 200,
@@ -216,6 +217,7 @@ def study(
             NETWORK or NETWORK=WEIGHTS, which learns them first, from ImageNet weights where they can be had.
         tables: 3, 4, 5, 6 (SAT, on the labelled folder), search (Figure 5).
         methods: which pretrainings, of random, barlow-twins, moco, simclr, mae, supervised and rckd.
+        networks: which backbones, of those in the tables (none: all).
         labels: how many training images of each set are used (none: all).
         image_size: height and width in pixels of fine-tuning.
         epochs: of fine-tuning, at most.
@@ -251,6 +253,9 @@ def study(
         raise BadInput(f"--seeds {seeds}: at least 1")
     if unknown := [m for m in methods if m not in METHODS]:
         raise BadInput(f"--methods {' '.join(unknown)}: of {', '.join(METHODS)}")
+    known = list(dict.fromkeys(network for _, pairs in ROWS.values() for _, network in pairs))
+    if unknown := [n for n in networks if n not in known]:
+        raise BadInput(f"--networks {' '.join(unknown)}: of {', '.join(known)}")
     shares: dict[str, Any] = {part: len(data.rows(part)) / len(data) for part in ("val", "test")}
     sets = {data.root.name: data}
     for path in others:
@@ -267,7 +272,8 @@ def study(
         check_apart(patches, one)
         if first is not None:
             check_apart(first, one, "--labelled")
-    rows = [pair for table in ("3", "4", "5") if table in tables for pair in ROWS[table][1] if pair[0] in methods]
+    shown = [pair for table in ("3", "4", "5") if table in tables for pair in ROWS[table][1]]
+    rows = [(method, network) for method, network in shown if method in methods and network in (networks or known)]
     pretraining = {"image_size": pretrain_image_size, "epochs": pretrain_epochs, "batch_size": pretrain_batch_size}
     made = Study(Path(out), range(seed, seed + seeds), {"device": device, "precision": precision})
     given = given_weights(supervised_weights, [network for method, network in rows if method == "supervised"])
