@@ -206,8 +206,9 @@ def test_the_pretrained_backbone_starts_classifier_and_segmenter(
     if network != "test_resnet":
         numbered = split(read_masks(tissue / "manifest.csv", kind="instances"), val=0.25, test=0.25)
         dense = rckd.finetune(numbered, weights=str(run.path), **tiny)
-        drawn = hs.train(dense, tmp_path / "dense")  # any nucleus is the class nucleus
-        assert set(drawn.metrics["test"]) >= {"miou", "iou_nucleus"}
+        if network == "CSAT":
+            drawn = hs.train(dense, tmp_path / "dense")  # any nucleus is the class nucleus
+            assert set(drawn.metrics["test"]) >= {"miou", "iou_nucleus"}
         assert isinstance(dense.student(), UNet)
         started = dense.student().state_dict()
         again = [name for name in ours if f"backbone.{name}" in started and name not in placed and "fc" not in name]
