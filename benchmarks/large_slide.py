@@ -6,7 +6,8 @@ The slide is a TIFF of JPEG tiles (256 px, two levels) of phantom tissue from ed
 The classifier is a mean of green, so that it costs nothing; tiles that it calls dark go to a U-Net (StrideNet as its
 backbone, random weights, computed in float32). What the U-Net says is multiplied by 0 and added to the colour of each
 pixel, so that it costs what a U-Net costs and marks an area that is known. One process, two threads. Memory is sampled
-every 5 ms: private pages, and those of mapped files, which the system may take back at any time. Linux only.
+every 10 ms, by the step that is under way: private pages, and with them those of mapped files, which the system may
+take back at any time. Linux only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import math
 import multiprocessing
 import os
 import platform
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +31,7 @@ import numpy as np
 import tifffile
 import torch
 from growth import Mean
-from memory import Peaks
+from memory import memory
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -56,11 +59,11 @@ class Colour(nn.Module):
 
 
 def discs(count: int) -> NDArray[np.bool_]:
-    """``(count, count)`` tiles: ten discs with a radius of a fiftieth to a twenty-fifth of the side."""
+    """``(count, count)`` tiles: six discs with a radius of a fiftieth to a twenty-fifth of the side."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:count, :count] / count
     found = np.zeros((count, count), np.bool_)
-    for _ in range(10):
+    for _ in range(6):
         (a, b), radius = rng.random(2), rng.uniform(0.02, 0.04)
         found |= np.hypot(x - a, y - b) < radius
     return found
@@ -120,6 +123,40 @@ def _jpeg(picture: NDArray[np.uint8]) -> bytes:
         return file.getvalue()
 
 
+STEPS = {
+    "find_tissue": "finding tissue",
+    "_look": "classifying",
+    "segment": "U-Nets",
+    "over": "outlines of the mask",
+    "find_lesions": "outlines",
+    "write_ome_tiff": "writing maps",
+    "write_deepzoom": "writing maps",
+    "write_case": "the page",
+}
+
+
+class Peaks(threading.Thread):
+    """The most memory of each step: private, and private with mapped."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.done, self.found = threading.Event(), dict[str, dict[str, int]]()
+        self.main = threading.main_thread().ident
+
+    def run(self) -> None:
+        while not self.done.wait(0.01):
+            private, mapped = memory()
+            frames = [sys._current_frames().get(self.main)] if self.main else []
+            names = list[str]()
+            while frames and frames[-1] is not None:
+                names.append(frames[-1].f_code.co_name)
+                frames.append(frames[-1].f_back)
+            step = next((STEPS[name] for name in names if name in STEPS), "other")
+            most = self.found.setdefault(step, {"private": 0, "with_mapped": 0})
+            most["private"] = max(most["private"], private)
+            most["with_mapped"] = max(most["with_mapped"], private + mapped)
+
+
 def predicting(model: Path, unet: Path, slide: Path, out: Path, sender: Any) -> None:
     from histill.slides import predict_slide
 
@@ -129,7 +166,10 @@ def predicting(model: Path, unet: Path, slide: Path, out: Path, sender: Any) -> 
     start = time.monotonic()
     said = predict_slide(model, slide, out, segment={"dark": unet}, threads=2)
     seconds = time.monotonic() - start
-    sender.send({"seconds": seconds, "memory_bytes": peaks.found(), "slide.json": said})
+    peaks.done.set()
+    peaks.join()
+    most = {kind: max(step[kind] for step in peaks.found.values()) for kind in ("private", "with_mapped")}
+    sender.send({"seconds": seconds, "memory_bytes": most | {"steps": peaks.found}, "slide.json": said})
 
 
 def main() -> None:

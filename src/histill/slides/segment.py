@@ -37,7 +37,7 @@ from histill.slides.slide import Slide
 __all__ = ["Segmentation", "answers", "open_segmenters", "segment"]
 
 _THRESHOLD = 0.5
-_CPU_PX = 1 << 19  # that a U-Net looks at at once on a CPU, where more is no faster and takes memory
+_CPU_PX = 1 << 18  # that a U-Net looks at at once on a CPU, where more is no faster and takes memory
 _OUTLINED_PX = 4096  # outlines finer than that of a whole slide are in the mask
 
 
@@ -204,6 +204,8 @@ class _Band:
         if rows and len(self.values):
             for start in range(0, self.labels.shape[1], 4096):
                 part = slice(start, start + 4096)
+                if not self.total[:, :rows, part].any():
+                    continue  # the file is 0, and takes no room, where no U-Net was asked
                 score = self.total[:, :rows, part] / np.maximum(self.weight[:rows, part], 1)
                 sure = score.max(0) >= _THRESHOLD
                 self.labels[self.top : self.top + rows, part] = np.where(sure, self.values[score.argmax(0)], 0)
