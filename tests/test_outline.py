@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import no_page
+from torch import nn
 from torch.nn import functional as F
 
 import histill as hs
 from histill import cli
 from histill.data import pack, read_masks, split
 from histill.data.phantom import write_images
-from histill.deploy import outline
+from histill.deploy import TorchPredictor, outline
 from histill.deploy.outline import COLOURS, label_map
 from histill.errors import BadInput
 from histill.evaluate import masks as judged
@@ -147,6 +148,62 @@ def test_each_image_gets_its_mask_and_its_row(
         edge = (near.min(0) != near.max(0))[2:-2, 2:-2]
         assert not (pen & ~edge).any()
     assert not list(out.parent.rglob(".*"))
+
+
+class Pointwise(nn.Module):
+    """Says of each pixel what it is without looking at any other, at half of the size."""
+
+    def forward(self, images: torch.Tensor) -> Outputs:
+        halved = F.avg_pool2d(images, 2)
+        return Outputs(logits=torch.stack([halved[:, 0], halved[:, 1] + 0.1, 2 * halved[:, 2] - 0.4], 1))
+
+
+def test_a_wide_field_is_seen_at_the_scale_of_training_without_seams(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (6, 9, 3), np.uint8)).resize((300, 200)).save(tmp_path / "wide.png")
+    Image.fromarray(rng.integers(0, 255, (6, 9, 3), np.uint8)).resize((60, 60)).save(tmp_path / "like.png")
+    (tmp_path / "bad.png").write_text("nothing")
+    paths = [tmp_path / name for name in ("wide.png", "like.png", "bad.png", "gone.png")]
+    predictor = TorchPredictor(Pointwise(), ("a", "b", "c"), 32)
+    found = list(outline.outline_folder(predictor, paths, batch=5, scales=dict.fromkeys(paths, 0.5)))
+    assert [one.path for one in found] == paths
+    assert [one.error != "" for one in found] == [False, False, True, True]
+    for one, size in ((found[0], (150, 100)), (found[1], (32, 32))):  # the second is squeezed, as it is like training's
+        picture = Image.open(one.path)
+        small = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
+        logits = Pointwise()(torch.from_numpy(small.copy()).permute(2, 0, 1)[None] / 255)["logits"]
+        if one is found[0]:
+            logits = F.interpolate(logits, (size[1], size[0]), mode="bilinear", align_corners=False)
+        expected = judged.label_map(Outputs(logits=logits), (picture.height, picture.width))[0].numpy()
+        assert one.labels is not None
+        assert len(np.unique(one.labels)) == 3
+        assert (one.labels == expected).mean() > 0.99  # within a tile's outermost pixel the neighbours are not known
+    huge = outline.outline_folder(predictor, paths[:1], scales={paths[0]: 1e4})
+    assert "cut it into tiles" in next(iter(huge)).error
+
+
+def test_a_run_that_knows_its_microns_cuts_wide_images_into_tiles(run: Run, tmp_path: Path) -> None:
+    """It was trained on 48 pixels of half a micron: 96 pixels of a quarter are the same field, and seen whole."""
+    rng = np.random.default_rng(1)
+    Image.fromarray(rng.integers(100, 255, (24, 24, 3), np.uint8)).resize((96, 96)).save(tmp_path / "a.png")
+    asked: list[float] = []
+
+    def ask(predictor: Any, paths: Any, *, batch: int, scales: Any) -> Any:
+        asked.extend(scales.values())
+        return iter(())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("histill.deploy.serve.outline_folder", ask)
+        for manifest in ("path\na.png\n", "path,mpp\na.png,0.25\n", "path,mpp\na.png,\n"):
+            (tmp_path / "m.csv").write_text(manifest)
+            hs.predict(run.path, tmp_path / "m.csv")
+    assert asked == pytest.approx([32 / 48, 32 / 96, 32 / 48])
+    whole = hs.predict(run.path, tmp_path / "a.png", tmp_path / "tiles.csv")
+    (tmp_path / "m.csv").write_text("path,mpp\na.png,0.25\n")
+    one = hs.predict(run.path, tmp_path / "m.csv", tmp_path / "one.csv")
+    assert whole["area_um2_nucleus"][0] + whole["area_um2_background"][0] == 96 * 96 * 0.25
+    assert one["area_um2_nucleus"][0] + one["area_um2_background"][0] == 96 * 96 / 16
+    assert (tmp_path / "tiles.masks/a.png").read_bytes() != (tmp_path / "one.masks/a.png").read_bytes()
 
 
 def test_masks_that_were_predicted_are_masks_to_learn_from(run: Run, tissue: Path, tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def predict(
 ) -> pd.DataFrame:
     """Class and probabilities of an image, of every image below a folder, or of those that a manifest lists.
 
-    Of a network that outlines: a mask of each, and how much of it each class or how many nuclei it is.
+    Of a network that outlines: a mask of each, and how much of it each class or how many nuclei it is; what the network
+    sees of an image is told in `histill.deploy.outline.outline_folder`.
 
     Args:
         model: a run, an ``.onnx`` or a TorchScript file, or the folder of an export with early exit.
@@ -119,7 +120,8 @@ def _outlined(
         if not paths:
             raise BadInput(f"{images}: no images in it")
     names = _pictures([path.relative_to(root) for path in paths])
-    mpp = _microns(model, images, paths)
+    mpp, seen = _microns(model, images, paths), _seen(model, predictor)
+    scales = {path: value / seen for path, value in mpp.items()} if seen else {}
 
     def row(found: Outlined) -> Row | str:
         """An image's row once its pictures are written, or why there is none."""
@@ -147,7 +149,7 @@ def _outlined(
     said: list[Row | str] = []
     with progress("outlining", len(paths)) as bar, ThreadPoolExecutor(_WRITERS) as pool:
         waiting: deque[Future[Row | str]] = deque()
-        for found in outline_folder(predictor, paths, batch=batch_size):
+        for found in outline_folder(predictor, paths, batch=batch_size, scales=scales):
             waiting.append(pool.submit(row, found))
             if len(waiting) > _WRITERS:
                 said.append(waiting.popleft().result())
@@ -173,6 +175,12 @@ def _microns(model: Path, images: Path, paths: list[Path]) -> dict[Path, float]:
             return told
     known = set(Run.open(model).data.frame["mpp"]) if (model / "run.json").is_file() else set()
     return dict.fromkeys(paths, float(known.pop())) if len(known) == 1 and "" not in known else {}
+
+
+def _seen(model: Path, predictor: Predictor) -> float | None:
+    """Microns per pixel at which the network looks, where it is known."""
+    said = Run.open(model).info.get("mpp") if (model / "run.json").is_file() else predictor.mpp
+    return float(said) if isinstance(said, int | float) and said > 0 else None
 
 
 def _one(size: int) -> NDArray[np.float32]:
