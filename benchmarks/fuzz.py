@@ -1,6 +1,7 @@
 """Do the readers of strangers' files take them or refuse them in one line, whatever is in them?
 
-    python benchmarks/fuzz.py [TARGET ...] [--minutes 60] [--out benchmarks/results/fuzz.json] [--page docs/security.md]
+    python benchmarks/fuzz.py [TARGET ...] [--minutes 60] [--add] [--out benchmarks/results/fuzz.json]
+                              [--page docs/security.md]
 
 Hypothesis draws what each target of tests/fuzz_targets.py is given. It must come back in time, within memory, and with
 a value, `BadInput` or `Failed`; any other exception, a dead process, more than `SLOW_S` processor seconds or more
@@ -8,7 +9,8 @@ than `MOST_MB` above what the process had is a finding. Readers run in processes
 them may end one. Each finding is reported once, with the value that led to it. Linux only.
 
 Minutes are the processor's, so that a busy machine fuzzes no less. A target's entry in the results is replaced when it
-is fuzzed again; status 1 where there are findings. ``--page`` writes the table of results between the marks in a page,
+is fuzzed again, or with ``--add`` continued: counts and minutes add up, findings stay. Status 1 where there are
+findings. ``--page`` writes the table of results between the marks in a page,
 and fuzzes what is named beside it, or nothing.
 """
 
@@ -62,6 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--minutes", type=float, default=60.0, help="for each target")
+    parser.add_argument("--add", action="store_true", help="to what the results hold of a target")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "fuzz.json")
     parser.add_argument("--page", type=Path, help="a page whose table is written anew")
     given_ = parser.parse_args()
@@ -73,7 +76,10 @@ def main() -> int:
         whole = read_json(given_.out) if given_.out.exists() else {}
         limits = {"seconds": SLOW_S, "megabytes": MOST_MB}
         whole |= {"what": (__doc__ or "").splitlines()[0], "limits": limits}
-        whole["targets"] = {**whole.get("targets", {}), name: result}
+        before = whole.get("targets", {})
+        if given_.add and name in before:
+            result = added(before[name], result)
+        whole["targets"] = {**before, name: result}
         write_json(given_.out, whole)
         print(
             f"{name}: {result['executions']:,} executions in {result['minutes']} minutes, "
@@ -85,6 +91,19 @@ def main() -> int:
         after = rest.partition(MARKS[1])[2]
         write_text(given_.page, f"{before}{MARKS[0]}{table(read_json(given_.out)['targets'])}{MARKS[1]}{after}")
     return int(found_any)
+
+
+def added(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """One entry of two."""
+    sums = ("minutes", "minutes_on_the_wall", "executions", "read", "refused")
+    most = ("slowest_s", "memory_mb")
+    known = {finding["where"]: finding for finding in (*before["findings"], *now["findings"])}
+    return (
+        now
+        | {name: round(before[name] + now[name], 2) for name in sums}
+        | {name: max(before[name], now[name]) for name in most}
+        | {"findings": list(known.values())}
+    )
 
 
 def table(targets: dict[str, Any]) -> str:

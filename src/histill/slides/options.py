@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from histill.errors import BadInput
+from histill.files import file_digest
 
-__all__ = ["Options", "beside", "by_class"]
+__all__ = ["Options", "beside", "by_class", "depends_on"]
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,19 @@ def by_class(pairs: Sequence[str]) -> dict[str, Path]:
             raise BadInput(f"--segment {pair}: give CLASS=MODEL, such as tumour=unet.pt")
         found[label] = Path(path)
     return found
+
+
+def depends_on(options: Options, slide: Path) -> dict[str, Any]:
+    """What the files of ``slide`` depend on, of what was asked for: values, and digests of files."""
+    said = asdict(options)
+    for name in ("threads", "resume"):
+        del said[name]
+    for name in ("mask", "truth"):
+        found = beside(getattr(options, name), slide, name)
+        said[name] = None if found is None else file_digest(found)
+    said["segment"] = {label: _weights(Path(path)) for label, path in options.segment.items()}
+    return said
+
+
+def _weights(path: Path) -> str:
+    return file_digest(path if path.is_file() else path / "model.safetensors")

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 from histill.data.images import few
 from histill.deploy.predictor import one_line
 from histill.errors import BadInput, Failed, HistillError
-from histill.files import file_digest, locked, read_json, write_json
+from histill.files import locked, read_json, write_json
 from histill.progress import Bar, notice, progress, say
 from histill.record import versions
 from histill.slides.coarse import parents
 from histill.slides.engine import Model, load_model
 from histill.slides.grid import Grid
 from histill.slides.lesions import lesion_classes
-from histill.slides.options import Options, beside
+from histill.slides.options import Options, beside, depends_on
 from histill.slides.results import Found, write_results
 from histill.slides.slide import Slide, open_slide
 from histill.slides.spread import spread_slides
@@ -305,22 +305,14 @@ class _Work:
 
     def _settings(self, job: _Job) -> dict[str, Any]:
         """What the files depend on."""
-        said = asdict(self.options)
-        for name in ("threads", "resume"):
-            del said[name]
-        for name in ("mask", "truth"):
-            found = beside(getattr(self.options, name), job.path, name)
-            said[name] = None if found is None else file_digest(found)
-        said["segment"] = {label: _weights(path) for label, path in self.options.segment.items()}
-        said["coarse_model"] = None if self.wide is self.model else self.wide.digest
-        said |= {
+        return depends_on(self.options, job.path) | {
+            "coarse_model": None if self.wide is self.model else self.wide.digest,
             "mpp": self.mpp,
             "tile": self.tile,
             "lesions": self.labels,
             "bf16": self.model.bf16,
             "runtime": self.model.runtime,
         }
-        return said
 
     def _batches(self, job: _Job, part: str) -> Iterator[_Batch]:
         rows, size = job.wanted[part], self.options.batch_size
@@ -497,8 +489,3 @@ def _joined(chunks: Mapping[int, Rows], classes: int) -> Rows:
     if not chunks:
         return {"probabilities": np.zeros((0, classes), np.float32)}
     return {name: np.concatenate([chunks[n][name] for n in sorted(chunks)]) for name in chunks[min(chunks)]}
-
-
-def _weights(path: Path) -> str:
-    path = Path(path)
-    return file_digest(path if path.is_file() else path / "model.safetensors")

@@ -116,12 +116,7 @@ def write_results(found: Found, timing: dict[str, dict[str, float]]) -> dict[str
         with _spent(timing, "segment"):
             segmented = _segmented(found)
     with _spent(timing, "post"):
-        limits: dict[str, Any] = {"threshold": options.threshold, "min_area_um2": least, "min_hole_um2": least}
-        fine, lesions = heatmap, find_lesions(heatmap, _not_in(found.labels, segmented), **limits)
-        if segmented is not None:
-            fine, marked = segmented.over(heatmap)
-            outlined = [label for label in found.labels if label in segmented.segmented]
-            lesions = largest_first([*lesions, *find_lesions(fine, outlined, marked=marked, **limits)])
+        lesions, fine = _outlined(found, heatmap, segmented, least)
         call = call_slide(found.tiles, model.classes, lesions, found.labels, temperature=model.temperature)
         judged = None if found.truth is None else _judge(found, fine, lesions)
     with _spent(timing, "write"):
@@ -225,9 +220,18 @@ def _spent(timing: dict[str, dict[str, float]], what: str) -> Iterator[None]:
     spent["busy_s"] += time.process_time() - cpu
 
 
-def _not_in(labels: Sequence[str], segmented: Segmentation | None) -> list[str]:
-    """The classes that the heatmap outlines: those without a U-Net."""
-    return [label for label in labels if segmented is None or label not in segmented.segmented]
+def _outlined(
+    found: Found, heatmap: Heatmap, segmented: Segmentation | None, least: float
+) -> tuple[list[Lesion], Heatmap]:
+    """Lesions, of the U-Nets' mask where a class has one; and the finest map that they are drawn from."""
+    limits: dict[str, Any] = {"threshold": found.options.threshold, "min_area_um2": least, "min_hole_um2": least}
+    masked = () if segmented is None else segmented.segmented
+    lesions = find_lesions(heatmap, [label for label in found.labels if label not in masked], **limits)
+    if segmented is None:
+        return lesions, heatmap
+    fine, marked = segmented.over(heatmap)
+    lesions += find_lesions(fine, [label for label in found.labels if label in masked], marked=marked, **limits)
+    return largest_first(lesions), fine
 
 
 def _heatmap(found: Found, mpp: float) -> Heatmap:

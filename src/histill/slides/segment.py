@@ -62,8 +62,9 @@ class Segmentation:
     def summary(self) -> dict[str, Any]:
         """Area of each class, and the resolution."""
         counts = np.zeros(256, np.int64)
-        for top in range(0, len(self.labels), 1024):
-            counts += np.bincount(self.labels[top : top + 1024].ravel(), minlength=256)
+        rows = max(1, (1 << 22) // self.labels.shape[1])
+        for top in range(0, len(self.labels), rows):
+            counts += np.bincount(self.labels[top : top + rows].ravel(), minlength=256)
             released(self.labels)
         area = {name: float(counts[self.classes.index(name) + 1]) * self.mpp**2 for name in self.segmented}
         return {"area_um2": area, "mpp": self.mpp, "l0_pixel": self.l0_pixel}

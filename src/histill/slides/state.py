@@ -21,7 +21,7 @@ from histill.progress import notice
 
 __all__ = ["CODE", "State", "key_of"]
 
-CODE = 1
+CODE = 2
 """Raised with every change of the code that changes what is predicted; what an older one left is not mixed in."""
 
 Rows = dict[str, NDArray[Any]]
