@@ -141,17 +141,16 @@ class Peaks(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.done, self.found = threading.Event(), dict[str, dict[str, int]]()
-        self.main = threading.main_thread().ident
 
     def run(self) -> None:
         while not self.done.wait(0.01):
             private, mapped = memory()
-            frames = [sys._current_frames().get(self.main)] if self.main else []
             names = list[str]()
-            while frames and frames[-1] is not None:
-                names.append(frames[-1].f_code.co_name)
-                frames.append(frames[-1].f_back)
-            step = next((STEPS[name] for name in names if name in STEPS), "other")
+            for frame in sys._current_frames().values():
+                while frame is not None:
+                    names.append(frame.f_code.co_name)
+                    frame = frame.f_back
+            step = next((said for name, said in STEPS.items() if name in names), "other")
             most = self.found.setdefault(step, {"private": 0, "with_mapped": 0})
             most["private"] = max(most["private"], private)
             most["with_mapped"] = max(most["with_mapped"], private + mapped)

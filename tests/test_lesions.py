@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
+import contourpy
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +19,7 @@ from histill.errors import BadInput
 from histill.slides.heatmap import Heatmap
 from histill.slides.lesions import (
     Lesion,
+    _contours,
     agreement,
     call_slide,
     find_lesions,
@@ -215,3 +217,29 @@ def test_features_carry_the_numbers() -> None:
     assert feature.label == "tumour"
     assert feature.measurements["area mm^2"] == 2
     assert feature.measurements["mean probability"] == 0.9
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    smooth=st.floats(0.3, 2.0),
+    shift=st.floats(-0.3, 0.3),
+    steps=st.sampled_from([0, 3]),
+)
+def test_pieces_drawn_one_by_one_are_those_of_the_whole_field(
+    seed: int, smooth: float, shift: float, steps: int
+) -> None:
+    field = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(30, 40)), smooth)
+    field = field / field.std() - shift
+    field = np.pad(np.round(field * steps) / steps if steps else field, 1, constant_values=-1).astype(np.float32)
+    generator = contourpy.contour_generator(z=field, name="serial", fill_type="OuterOffset")
+    shapes, offsets = generator.filled(1e-6, np.inf)
+    whole = [[points[a:b] - 0.5 for a, b in pairwise(starts)] for points, starts in zip(shapes, offsets)]
+
+    def plain(pieces: Any) -> list[Any]:
+        return sorted(sorted((round(area(ring), 4), *ring.min(0).round(4)) for ring in rings) for rings in pieces)
+
+    def area(ring: NDArray[np.float64]) -> float:
+        return float(abs(ring[:-1, 0] @ ring[1:, 1] - ring[1:, 0] @ ring[:-1, 1])) / 2
+
+    assert plain(_contours(field)) == plain(whole)

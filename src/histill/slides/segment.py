@@ -38,7 +38,7 @@ __all__ = ["Segmentation", "answers", "open_segmenters", "segment"]
 
 _THRESHOLD = 0.5
 _CPU_PX = 1 << 18  # that a U-Net looks at at once on a CPU, where more is no faster and takes memory
-_OUTLINED_PX = 4096  # outlines finer than that of a whole slide are in the mask
+_OUTLINED_PX = 3072  # outlines finer than that of a whole slide are in the mask
 
 
 @dataclass(frozen=True, eq=False)
