@@ -346,6 +346,9 @@ def test_each_class_has_its_unet(slide: Path, model: Path, tmp_path: Path) -> No
         predict_slide(model, slide, tmp_path / "c", segment={"tumour": model})
     with pytest.raises(BadInput, match="classes are normal, tumour"):
         predict_slide(model, slide, tmp_path / "d", segment={"other": outline})
+    with pytest.raises(BadInput, match=r"gone\.pt: no such file"):
+        predict_slide(model, slide, tmp_path / "e", segment={"tumour": tmp_path / "gone.pt"})
+    assert not any((tmp_path / name).exists() for name in "bcde"), "all was known before the slide was looked at"
 
 
 def test_wrong_arguments_are_one_line(slide: Path, model: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def slide(
         coarse_factor: how many times as wide.
         coarse_model: what looks at the wider tiles (default: the same model).
         features: also features.h5, as CLAM reads it.
-        segment: CLASS=MODEL, the network that outlines what was taken for that class.
+        segment: CLASS=MODEL, the network that outlines what was taken for that class; lesions are then of its mask.
         device: where a run computes: auto, cpu, cuda or mps; exported files compute on the CPU.
         precision: of a run: auto is bf16 where the machine computes it.
         runtime: of a run: auto is OpenVINO on a CPU, where the extra openvino is installed, else PyTorch.

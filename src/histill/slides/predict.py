@@ -33,6 +33,7 @@ from histill.slides.grid import Grid
 from histill.slides.lesions import lesion_classes
 from histill.slides.options import Options, beside, depends_on
 from histill.slides.results import Found, write_results
+from histill.slides.segment import open_segmenters
 from histill.slides.slide import Slide, open_slide
 from histill.slides.spread import spread_slides
 from histill.slides.state import State, key_of
@@ -225,6 +226,7 @@ class _Work:
             raise BadInput(f"{model.name} does not say at which resolution it was trained; give it with --mpp")
         self.mpp = mpp
         self._try()
+        self.segmenters = open_segmenters(options.segment, model.classes, tile=self.tile, device=model.device)
 
     def _try(self) -> None:
         """Look at one white tile: a model of another size, or one that is no classifier, is refused at once."""
@@ -459,6 +461,7 @@ class _Work:
             stride=plan.l0_step,
             model=self.model,
             labels=self.labels,
+            segmenters=self.segmenters,
             options=self.options,
             truth=beside(self.options.truth, job.path, "truth"),
             key=job.state.key,

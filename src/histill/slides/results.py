@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
+from histill.deploy.predictor import Predictor
 from histill.errors import BadInput
 from histill.files import atomic, write_json
 from histill.progress import notice
@@ -35,7 +36,7 @@ from histill.slides.lesions import (
 )
 from histill.slides.options import Options
 from histill.slides.regions import is_geojson, paint, read_mask
-from histill.slides.segment import Segmentation, open_segmenters, segment
+from histill.slides.segment import Segmentation, segment
 from histill.slides.slide import Slide
 from histill.slides.tissue import Tissue, tissue_picture
 
@@ -62,6 +63,7 @@ class Found:
         stride: level-0 pixels from one tile to the next.
         model: which looked.
         labels: the classes that are lesions.
+        segmenters: U-Nets by class.
         options: as asked.
         truth: the slide's reference mask, or None.
         key: what the files depend on.
@@ -79,6 +81,7 @@ class Found:
     stride: float
     model: Model
     labels: Sequence[str]
+    segmenters: Mapping[str, Predictor]
     options: Options
     truth: Path | None
     key: Mapping[str, Any]
@@ -112,7 +115,7 @@ def write_results(found: Found, timing: dict[str, dict[str, float]]) -> dict[str
         if least is None:
             least = (found.grid.tile * found.grid.mpp) ** 2 / 4
     segmented = None
-    if options.segment:
+    if found.segmenters:
         with _spent(timing, "segment"):
             segmented = _segmented(found)
     with _spent(timing, "post"):
@@ -354,7 +357,7 @@ def _segmented(found: Found) -> Segmentation:
         found.slide,
         found.tiles,
         found.grid,
-        open_segmenters(found.options.segment, found.model.classes),
+        found.segmenters,
         classes=found.model.classes,
         scratch=found.folder / ".state",
         batch_size=found.options.batch_size,

@@ -103,20 +103,26 @@ class Segmentation:
         return write_ome_tiff(path, self.labels[None], names=["class"], mpp=self.mpp, labels=True)
 
 
-def open_segmenters(paths: Mapping[str, Path], classes: Sequence[str], *, device: str = "auto") -> dict[str, Predictor]:
-    """The U-Net of each class.
+def open_segmenters(
+    paths: Mapping[str, Path], classes: Sequence[str], *, tile: int, device: str = "auto"
+) -> dict[str, Predictor]:
+    """The U-Net of each class; each looks at one white tile, so that what does not fit is known before the slides.
 
     Args:
         paths: by class, a run, an ``.onnx`` or a TorchScript file with logits ``(B, K, H, W)``.
         classes: of the classifier.
+        tile: side in pixels of what they will be shown.
         device: where runs compute.
 
     Raises:
-        BadInput: a name that is no class, or no model there.
+        BadInput: a name that is no class, no model there, or one that does not outline tiles of this size.
     """
     if unknown := [name for name in paths if name not in classes]:
         raise BadInput(f"--segment {unknown[0]}: the classifier's classes are {', '.join(classes)}")
-    return {name: open_any(path, device=device) for name, path in paths.items()}
+    found = {name: open_any(path, device=device) for name, path in paths.items()}
+    for name, predictor in found.items():
+        _foreground(predictor, np.ones((1, 3, tile, tile), np.float32), name)
+    return found
 
 
 def segment(
