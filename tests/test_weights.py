@@ -176,7 +176,7 @@ def test_an_address_is_fetched_once_and_checked(server: str, tmp_path: Path, mon
     with pytest.raises(BadInput, match="another checksum"):
         load_weights(nn.Linear(2, 2), f"{server}/linear.safetensors#sha256={'0' * 64}")
     assert list(cache.iterdir()) == []
-    for unchecked in ("", "#sha256=abc", f"#md5={'0' * 64}"):
+    for unchecked in ("", "#sha256=abc", f"#md5={'0' * 64}", f"#crc={'0' * 32}"):
         with pytest.raises(BadInput, match="#sha256=<64 hex digits>"):
             load_weights(nn.Linear(2, 2), f"{server}/linear.safetensors{unchecked}")
     with pytest.raises(Failed, match=r"cannot fetch .*missing\.pt"):
@@ -186,6 +186,9 @@ def test_an_address_is_fetched_once_and_checked(server: str, tmp_path: Path, mon
     load_weights(target, f"{server}/linear.safetensors#sha256={checksum}")
     assert same(target, source)
     assert [path.name for path in cache.iterdir()] == [f"{checksum}.safetensors"]
+    old = hashlib.md5(file.read_bytes()).hexdigest()  # what older collections have published
+    load_weights(other := nn.Linear(2, 2), f"{server}/linear.safetensors#md5={old}")
+    assert same(other, source)
     file.unlink()
     load_weights(target, f"{server}/linear.safetensors#sha256={checksum}")
 

@@ -54,7 +54,8 @@ def load_keras(network: StarDist, weights: str | Path) -> None:
 
     Args:
         network: With as many rays as the file, 32 in the published one, and ``upsample="nearest"``, as it was trained.
-        weights: The ``.h5`` file, the published archive or its folder, or ``"https://...#sha256=..."`` of either.
+        weights: The ``.h5`` file, the published archive or its folder, or ``"https://...#sha256=..."`` or
+            ``#md5=...`` of either.
 
     Raises:
         BadInput: A file that is missing, unreadable, or of another network.

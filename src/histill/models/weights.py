@@ -28,6 +28,7 @@ __all__ = ["fill", "hub", "imagenet", "load_weights", "read_weights"]
 
 _TIMEOUT_S = 5
 _MOST_BYTES = 64 << 30  # of a download
+_DIGITS = {"sha256": 64, "md5": 32}
 _MOST_TIMES = 4
 _SMALL_BYTES = 1 << 20
 _MOST_WRAPPED = 8
@@ -46,7 +47,7 @@ def load_weights(
     Args:
         module: The network to fill.
         weights: None or ``"none"`` (nothing happens), a ``.safetensors`` or ``.pt`` file, a run's folder,
-            ``"https://...#sha256=..."``, or ``"imagenet"``.
+            ``"https://...#sha256=..."`` (or ``#md5=``, where no other was published), or ``"imagenet"``.
         fresh: Glob patterns of names that may keep their initial values: the head, and parts that are new.
         pretrained: The timm network whose ImageNet weights fit, where there is one.
 
@@ -225,13 +226,15 @@ def _reachable(address: str) -> bool:
 def _download(address: str) -> Path:
     """Fetch a file once into the cache, under its checksum."""
     url, _, fragment = address.partition("#")
-    expected = fragment.removeprefix("sha256=").lower()
-    if not fragment.startswith("sha256=") or len(expected) != 64 or set(expected) - set("0123456789abcdef"):
-        raise BadInput(f"{address} has no checksum: write it as URL#sha256=<64 hex digits>")
+    kind, _, expected = fragment.lower().partition("=")
+    if len(expected) != _DIGITS.get(kind) or set(expected) - set("0123456789abcdef"):
+        raise BadInput(
+            f"{address} has no checksum: write it as URL#sha256=<64 hex digits>, or #md5=<32> if that is known"
+        )
     path = cache_dir("weights") / f"{expected}{Path(urllib.parse.urlsplit(url).path).suffix}"
     if path.exists():
         return path
-    hashed = hashlib.sha256()
+    hashed = hashlib.new(kind)
     try:
         with atomic(path) as temporary:
             with urllib.request.urlopen(url, timeout=4 * _TIMEOUT_S) as answer, temporary.open("wb") as file:
@@ -240,7 +243,7 @@ def _download(address: str) -> Path:
                     if file.write(chunk) and file.tell() > _MOST_BYTES:
                         raise BadInput(f"{url} sends more than {_MOST_BYTES:,} bytes: it is no weight file")
             if hashed.hexdigest() != expected:
-                raise BadInput(f"{url} has another checksum (sha256={hashed.hexdigest()}): check it at its source")
+                raise BadInput(f"{url} has another checksum ({kind}={hashed.hexdigest()}): check it at its source")
     except OSError as error:
         raise Failed(f"cannot fetch {url}: {getattr(error, 'reason', error)}; give --weights FILE") from error
     return path
