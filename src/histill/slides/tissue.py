@@ -148,10 +148,10 @@ def tissue_mask(picture: Pixels, um: float) -> Mask:
         np.log10(plane, out=plane)
         np.subtract(np.log10(glass + 1), plane, out=plane)
         np.maximum(plane, 0, out=plane)
+    ink = _ink(density, um)
     colour = density.max(0) - density.min(0)
     threshold = float(np.clip(_otsu(colour), LEAST_COLOUR, MOST_COLOUR))
     grey = colour < GREY * density.mean(0)
-    ink = _ink(density, um)
     found = (colour > threshold) & ~grey & ~ink
     # Ink is parted with only after cracks are closed, or thin strokes would close as well.
     found = _opened(_closed(found, 40 / um), 25 / um)
@@ -192,9 +192,7 @@ def _ink(density: NDArray[np.float32], um: float) -> Mask:
     """
     red, green, blue = density
     mean = density.mean(0)
-    local = ndimage.uniform_filter(mean, 5)
-    spread = np.sqrt(np.maximum(ndimage.uniform_filter(mean**2, 5) - local**2, 0))
-    even = spread < 0.2 * local
+    even = _even(mean)
     blues = (red > 0.12) & (red > blue) & ((red > 1.3 * green) | ((red > 1.1 * green) & even))
     greens = (red > 0.12) & (green < 0.9 * blue) & (green < 0.9 * red)
     least = density.min(0)
@@ -210,6 +208,12 @@ def _ink(density: NDArray[np.float32], um: float) -> Mask:
     edge = _dilated(reds, 80 / um) & (blue > 0.15) & (blue > 0.5 * green) & (red < 0.5 * green)
     found = ndimage.binary_propagation(sure | reds, mask=maybe | sure | edge | reds)
     return _dilated(np.asarray(found), 12 / um)
+
+
+def _even(mean: NDArray[np.float32]) -> Mask:
+    """Where the density hardly varies, by less than a fifth."""
+    local = ndimage.uniform_filter(mean, 5)
+    return np.asarray(ndimage.uniform_filter(mean**2, 5) - local**2 < (0.2 * local) ** 2)
 
 
 def _strokes(mask: Mask, length: float) -> Mask:
@@ -255,7 +259,9 @@ def _without_small(mask: Mask, least: float) -> Mask:
     labels, count = ndimage.label(mask)
     if not count:
         return mask
-    sizes = np.bincount(labels.ravel())
+    sizes = np.zeros(count + 1, np.int64)
+    for top in range(0, len(labels), 256):  # bincount makes its own copy in 64 bits
+        sizes += np.bincount(labels[top : top + 256].ravel(), minlength=count + 1)
     sizes[0] = 0
     return np.asarray((sizes >= least)[labels] & mask)
 
