@@ -37,8 +37,8 @@ class Comparison:
         runs, gains = self.summary["runs"], self.summary["gain"]
         width = max(len(name) for name in runs) + 2
         shown_here = [metric for metric in _SHOWN if all(metric in run for run in runs.values())]
-        lines = [f"{'':{width}}" + "".join(f"{name.replace('_', ' '):28}" for name in shown_here)]
-        lines += [f"{name:{width}}" + "".join(f"{shown(m, r[m]):28}" for m in shown_here) for name, r in runs.items()]
+        lines = [f"{'':{width}}" + "".join(f"{name.replace('_', ' '):32}" for name in shown_here)]
+        lines += [f"{name:{width}}" + "".join(f"{shown(m, r[m]):32}" for m in shown_here) for name, r in runs.items()]
         first = next(iter(runs))
         for name, gain in gains.items():
             p = f": McNemar p = {gain['mcnemar_p']:.3g}" if "mcnemar_p" in gain else ""
@@ -51,7 +51,7 @@ class Comparison:
             f"{name}: {metric.replace('_', ' ')}": g[metric]["p"] for name, g in gains.items() for metric in shown_here
         }
         lines.append(f"\n{comparisons(each)}")
-        return "\n".join(lines)
+        return "\n".join(line.rstrip() for line in lines)
 
 
 def compare(*runs: Run | str | Path, split: str = "test") -> Comparison:

@@ -479,12 +479,12 @@ def summary_lines(summary: dict[str, Any]) -> str:
     test = summary["test"]
     wanted = ("accuracy", "balanced_accuracy", "auroc", "miou", "mdice", "pixel_accuracy")
     names = [n for n in wanted if n in test["student_distilled"]]
-    lines = [f"{'test':20}" + "".join(f"{n.replace('_', ' '):28}" for n in names)]
+    lines = [f"{'test':20}" + "".join(f"{n.replace('_', ' '):32}" for n in names)]
     for role in ("teacher", "student_alone", "student_distilled"):
         if found := test.get(role):
-            lines.append(f"{role.replace('_', ' '):20}" + "".join(f"{shown(n, found[n]):28}" for n in names))
-    lines.append(f"{'gain':20}" + "".join(f"{shown_gain(n, test['gain'][n]):28}" for n in names))
-    return "\n".join(lines)
+            lines.append(f"{role.replace('_', ' '):20}" + "".join(f"{shown(n, found[n]):32}" for n in names))
+    lines.append(f"{'gain':20}" + "".join(f"{shown_gain(n, test['gain'][n]):32}" for n in names))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _study_command(name: str) -> Any:
