@@ -263,7 +263,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     page = (tmp_path / "reference" / "losses.html").read_text(encoding="utf-8")
-    assert all(f'id="histill.losses.{name}"' in page for name in losses.__all__)
+    functions = [name for name in losses.__all__ if callable(getattr(losses, name))]
+    assert [name for name in functions if f'id="histill.losses.{name}"' not in page] == []
 
 
 # What CONTRIBUTING.md shows, put to the contracts
