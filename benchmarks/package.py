@@ -188,7 +188,7 @@ def tested(home: Path, wheel: Path, which: str) -> dict[str, Any]:
     python = fresh(home, which)
     bounds = ["--constraint", str(LOWEST)] if which == "lowest" else ["--upgrade"]
     extras = "deploy,enhance,pretrain,slides,viewer"
-    seconds = install(python, *bounds, f"{wheel}[{extras}]", "pytest", "hypothesis")
+    seconds = install(python, *bounds, f"{wheel}[{extras}]", "pytest", "hypothesis", "pydicom")
     files = [ROOT / f"tests/test_{name}.py" for name in TESTS]
     done = run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], cwd=ROOT)
     names = set(lower_bounds())

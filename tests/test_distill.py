@@ -314,7 +314,15 @@ def test_the_folder_is_what_the_interface_says(data: Path, tmp_path: Path, capsy
     figures = [f"figures/{name}.png" for name in ("gain", "confusion", "roc", "reliability", "gallery")]
     pages = [f"figures/{name}.png" for name in ("training", "confusion", "roc", "reliability")]
     assert set(bytes_of(out)) == {
-        *("student.onnx", "student.int8.onnx", "report.html", "summary.json", "distill.json", *figures),
+        *(
+            "student.onnx",
+            "student.int8.onnx",
+            "model_card.md",
+            "report.html",
+            "summary.json",
+            "distill.json",
+            *figures,
+        ),
         *(f"{role}/{file}" for role in ROLES for file in (*RUN_FILES, *pages)),
     }
     summary = json.loads((out / "summary.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ class Case:
         return module
 
 
+# timm learnt in 1.0.31 to give an Inception's stages.
+_STAGED = hasattr(importlib.import_module("timm.models.inception_v3").InceptionV3, "forward_intermediates")
+_INCEPTION = {"stage1": (64, 45, 45)} if _STAGED else {}
 CASES = {
     "dsnet": Case(
         "DSNet", {"image_size": 32}, 32, {"conv1": (128, 30, 30), "conv2": (64, 13, 13), "conv3": (32, 4, 4)}
@@ -71,7 +75,7 @@ CASES = {
         {"stage5": (2048, 2, 2), "pooled": (2048,)},
         ("network.*conv?.bias", "network.*downsample.0.bias"),
     ),
-    "keras-inception": Case("KerasHead", {"name": "inception_v3"}, 96, {"stage1": (64, 45, 45), "pooled": (2048,)}),
+    "keras-inception": Case("KerasHead", {"name": "inception_v3"}, 96, {**_INCEPTION, "pooled": (2048,)}),
     "timm-resnet": Case(
         "Timm",
         {"name": "resnet18", "zero_init_last": False},

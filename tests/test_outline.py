@@ -163,16 +163,21 @@ def test_a_wide_field_is_seen_at_the_scale_of_training_without_seams(tmp_path: P
     Image.fromarray(rng.integers(0, 255, (6, 9, 3), np.uint8)).resize((300, 200)).save(tmp_path / "wide.png")
     Image.fromarray(rng.integers(0, 255, (6, 9, 3), np.uint8)).resize((60, 60)).save(tmp_path / "like.png")
     (tmp_path / "bad.png").write_text("nothing")
-    paths = [tmp_path / name for name in ("wide.png", "like.png", "bad.png", "gone.png")]
+    Image.fromarray(rng.integers(0, 255, (2, 9, 3), np.uint8)).resize((300, 40)).save(tmp_path / "strip.png")
+    paths = [tmp_path / name for name in ("wide.png", "like.png", "strip.png", "bad.png", "gone.png")]
     predictor = TorchPredictor(Pointwise(), ("a", "b", "c"), 32)
     found = list(outline.outline_folder(predictor, paths, batch=5, scales=dict.fromkeys(paths, 0.5)))
     assert [one.path for one in found] == paths
-    assert [one.error != "" for one in found] == [False, False, True, True]
-    for one, size in ((found[0], (150, 100)), (found[1], (32, 32))):  # the second is squeezed, as it is like training's
+    assert [one.error != "" for one in found] == [False, False, False, True, True]
+    for one, size in (
+        (found[0], (150, 100)),
+        (found[1], (32, 32)),
+        (found[2], (150, 20)),
+    ):  # the second is squeezed, as it is like training's
         picture = Image.open(one.path)
         small = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
         logits = Pointwise()(torch.from_numpy(small.copy()).permute(2, 0, 1)[None] / 255)["logits"]
-        if one is found[0]:
+        if one is not found[1]:
             logits = F.interpolate(logits, (size[1], size[0]), mode="bilinear", align_corners=False)
         expected = judged.label_map(Outputs(logits=logits), (picture.height, picture.width))[0].numpy()
         assert one.labels is not None

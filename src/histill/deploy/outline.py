@@ -117,15 +117,17 @@ def _tiled(predictor: Predictor, path: Path, scale: float, batch: int, fits: Fit
     except (OSError, BadInput) as error:
         return Outlined(path, None, error=one_line(error))
     size = predictor.image_size
-    width, height = (max(size, round(side * scale)) for side in picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
     if width * height > MAX_PIXELS:
         return Outlined(path, None, error=f"{path}: {width}x{height} pixels as the network sees it; cut it into tiles")
     seen = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0))
-    places = list(product(starts(height, size, 3 * size // 4), starts(width, size, 3 * size // 4)))
+    # A strip is mirrored up to a tile's height; what is said of the mirror is cut off again.
+    seen = np.pad(seen, ((0, max(0, size - height)), (0, max(0, size - width)), (0, 0)), mode="symmetric")
+    places = list(product(starts(len(seen), size, 3 * size // 4), starts(seen.shape[1], size, 3 * size // 4)))
     hat = 1 - np.abs(np.linspace(-1, 1, size + 2, dtype=np.float32)[1:-1])
     weight = hat[:, None] * hat
     total: Pixels = np.zeros((), np.float32)
-    weights = np.zeros((height, width), np.float32)
+    weights = np.zeros(seen.shape[:2], np.float32)
     for start in range(0, len(places), batch):
         part = places[start : start + batch]
         tiles = np.stack([_channels_first(seen[y : y + size, x : x + size]) for y, x in part])
@@ -133,11 +135,12 @@ def _tiled(predictor: Predictor, path: Path, scale: float, batch: int, fits: Fit
         if said.shape[2:] != (size, size):
             said = np.stack([np.concatenate([b for _, b in _bands(one, (size, size))], 1) for one in said])
         if not total.ndim:
-            total = np.zeros((said.shape[1], height, width), np.float32)
+            total = np.zeros((said.shape[1], *weights.shape), np.float32)
         for (y, x), one in zip(part, said):
             total[:, y : y + size, x : x + size] += one * weight
             weights[y : y + size, x : x + size] += weight
-    labels, confidence = label_map(total / weights, (picture.height, picture.width))
+    inside = (total / weights)[:, :height, :width]
+    labels, confidence = label_map(inside, (picture.height, picture.width))
     return Outlined(path, labels, confidence)
 
 

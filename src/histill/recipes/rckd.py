@@ -308,7 +308,9 @@ def finetune(
     if loss not in get_args(Loss):
         raise BadInput(f"--loss {loss}: focal, dice or focal+dice")
     if loss != "focal" and not data.masks:
-        raise BadInput(f"--loss {loss}: Dice is of masks, and the images of {data.root} have labels; take focal")
+        raise BadInput(
+            f"--loss {loss}: Dice is of masks, and the images of {data.root} have labels; take focal, or --target masks"
+        )
     make = (_unet if data.masks else backbone)(network, image_size, classes)
     made = start(make, weights)
     learnt = made.keywords["weights"] not in (None, "imagenet")  # ImageNet has no position encodings
