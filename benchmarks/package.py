@@ -190,12 +190,12 @@ def tested(home: Path, wheel: Path, which: str) -> dict[str, Any]:
     extras = "deploy,enhance,pretrain,slides,viewer"
     seconds = install(python, *bounds, f"{wheel}[{extras}]", "pytest", "hypothesis", "pydicom")
     files = [ROOT / f"tests/test_{name}.py" for name in TESTS]
-    done = run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], cwd=ROOT)
+    done = run([python, "-m", "pytest", "-p", "no:cacheprovider", *files], cwd=ROOT)
     names = set(lower_bounds())
     held = json.loads(need(run([python, "-m", "pip", "list", "--format", "json"])))
     return {
         "install_seconds": seconds,
-        "tests": done.stdout.strip().splitlines()[-1],
+        "tests": next((line for line in reversed(done.stdout.splitlines()) if " passed" in line), "none passed"),
         "failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE),
         "versions": {p["name"].lower(): p["version"] for p in held if p["name"].lower() in names},
     }
