@@ -4,6 +4,7 @@ slide stops no other.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("shapely")
 pytest.importorskip("tifffile")
@@ -98,6 +100,21 @@ def test_outlines_fit_the_lesion(done: Path) -> None:
     assert said["agreement"]["hits"]["false_positives"] == []
     assert len(said["agreement"]["hits"]["lesions"]) == 2
     assert None not in said["agreement"]["hits"]["lesions"]
+
+
+def test_a_reference_may_have_numbers_of_its_own(model: Path, slide: Path, done: Path, tmp_path: Path) -> None:
+    kinds = slides_tiny.truth(1024, 1024)
+    Image.fromarray(np.array([0, 3, 1], np.uint8)[kinds]).save(tmp_path / "other.png")
+    Image.fromarray(np.array([0, 1, 0], np.uint8)[kinds]).save(tmp_path / "healthy.png")
+    options = {"overlap": 16, "min_area_um2": 100}
+    names = ("tumour", "not known to the model", "normal")
+    said = predict_slide(model, slide, tmp_path / "a", truth=tmp_path / "other.png", truth_classes=names, **options)
+    assert said["agreement"] == said_of(done)["agreement"]
+    named = {"truth": tmp_path / "healthy.png", "truth_classes": ("normal", "tumour")}
+    said = predict_slide(model, slide, tmp_path / "b", **named, **options)
+    assert said["agreement"]["hits"]["lesions"] == []  # 1 is no lesion where it has a name
+    with pytest.raises(BadInput, match="value 3 has no name; 2 are named"):
+        predict_slide(model, slide, tmp_path / "c", truth=tmp_path / "other.png", truth_classes=names[:2], **options)
 
 
 def test_every_file_is_named_and_there(done: Path) -> None:
@@ -295,6 +312,12 @@ def test_early_exit_says_where_each_tile_left(small: Path, tmp_path: Path) -> No
     table = pd.read_parquet(tmp_path / "one" / "tiles.parquet")
     assert ((table["exit"] == 2) == (table["prob_tumour"] == 1)).all()
     assert said["exits"] == {"1": int((table["exit"] == 1).sum()), "2": int((table["exit"] == 2).sum())}
+    wide = predict_slide(made, small, tmp_path / "wide", coarse_to_fine=0.4)
+    assert wide["tiles"]["by_pass"]["fine"] == 0
+    assert wide["exits"] == {}
+    assert (pd.read_parquet(tmp_path / "wide" / "one" / "tiles.parquet")["exit"] == 0).all()
+    with pytest.raises(BadInput, match="temperature null, not 2"):
+        predict_slide(dataclasses.replace(made, temperature=2.0), small, tmp_path)
     first = 100 * (table["exit"] == 1).mean()
     assert f"left at exit 1: {first:.0f} %, 2: {100 - first:.0f} %" in (tmp_path / "one" / "case.html").read_text()
 

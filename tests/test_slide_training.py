@@ -16,7 +16,7 @@ from histill import cli
 from histill.data import read_masks, split
 from histill.data.images import read_images
 from histill.data.phantom import write_images
-from histill.errors import BadInput
+from histill.errors import BadInput, Failed
 from histill.recipes import rckd
 from histill.record import trained_mpp
 from histill.slides import training
@@ -73,12 +73,25 @@ def test_a_recipe_takes_slides_and_its_run_is_judged_on_slides(tmp_path: Path) -
     tested = set(frame["slide"][frame["split"] == "test"])
     assert set(found["slides"]) == tested
     assert all(row["label"] == ("odd", "even")[int(name[1]) % 2] for name, row in found["slides"].items())
+    # Masks are numbered as --classes says, and the run's classes are sorted: background, even, odd.
+    for name, row in found["slides"].items():
+        defined = {label for label, one in row["agreement"]["classes"].items() if one["iou"] is not None}
+        assert ("odd", "even")[int(name[1]) % 2] in defined, "the class that the mask marks"
+        assert defined - {row["label"]} <= {row["called"]}, "and none that is neither marked nor called"
     right = sum(row["label"] == row["called"] for row in found["slides"].values())
     assert found["accuracy"]["value"] == right / len(tested)
     assert found["accuracy"]["low"] <= found["accuracy"]["value"] <= found["accuracy"]["high"]
     stem = Path(next(iter(tested))).stem
     assert (tmp_path / "slides" / "mine" / stem / "lesions.geojson").is_file()
     assert json.loads((tmp_path / "slides" / "summary.json").read_text())["slides"]["mine"] == found
+    damaged = root / "slides" / next(iter(tested))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:2000])
+    with pytest.raises(Failed, match=f"{damaged.stem}.*the others are judged"):
+        judge_slides({"mine": run}, [root / "slides"], tmp_path / "again", masks=root / "masks")
+    left = json.loads((tmp_path / "again" / "summary.json").read_text())["slides"]["mine"]["slides"]
+    assert set(left) == tested - {damaged.name}
+    damaged.write_bytes(whole)
     elsewhere = next(p for p in sorted((root / "slides").iterdir()) if p.name not in tested)
     with pytest.raises(BadInput, match="none of the slides is in the test split"):
         judge_slides({"mine": run}, [elsewhere], tmp_path / "none", masks=root / "masks")

@@ -23,6 +23,7 @@ def slide(
     threads: Count | None = None,
     mask: Path | None = None,
     truth: Path | None = None,
+    truth_classes: list[str] | None = None,
     lesions: list[str] | None = None,
     threshold: float | None = None,
     min_area_um2: float | None = None,
@@ -53,6 +54,7 @@ def slide(
         threads: readers (default: the machine's cores, 8 at most); with --ray the cores of each worker (default: 1).
         mask: where to look: GeoJSON, an image over the slide, or a folder of them named like the slides.
         truth: reference masks in the same ways, for IoU, Dice and lesion FROC.
+        truth_classes: names of a mask image's values 1, 2, ... (default: the model's classes; 0 and 1 alone: any lesion).
         lesions: the classes that are lesions (default: the positive class, else all that do not sound healthy).
         threshold: of a lesion's probability (default: above every other class).
         min_area_um2: smaller lesions and holes are left out (default: a quarter of a tile).
@@ -89,6 +91,7 @@ def slide(
         threads=threads,
         mask=mask,
         truth=truth,
+        truth_classes=tuple(truth_classes or ()),
         lesions=tuple(lesions or ()),
         threshold=threshold,
         min_area_um2=min_area_um2,

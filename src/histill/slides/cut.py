@@ -29,12 +29,12 @@ from histill.errors import BadInput, Failed, HistillError
 from histill.files import atomic, locked, read_json, sweep, write_json
 from histill.progress import progress, say
 from histill.slides.grid import Grid
-from histill.slides.regions import GEOJSON, is_geojson, paint, read_mask
+from histill.slides.regions import GEOJSON, class_name, is_geojson, paint, read_mask
 from histill.slides.slide import Slide, open_slide
 from histill.slides.tiles import Pixels
 from histill.slides.tissue import find_tissue
 
-__all__ = ["PRESETS", "Cut", "Cutting", "cut_slides", "find_slides"]
+__all__ = ["PRESETS", "Cut", "Cutting", "cut_slides", "find_slides", "mask_names"]
 
 COLUMNS = ("path", "label", "patient", "site", "slide", "mpp", "x", "y")
 TCGA = re.compile(r"^(TCGA-(\w\w)-\w{4})")
@@ -192,6 +192,13 @@ def cut_slides(
     return result
 
 
+def mask_names(home: Path) -> list[str]:
+    """What the values 1, 2, ... of mask images were called when patches were cut into ``home``."""
+    begun = home / ".cut.json"
+    named = read_json(begun)["classes"] if begun.is_file() else []
+    return list(named) or [f"class{value}" for value in range(1, 255)]
+
+
 def find_slides(given: Sequence[Path]) -> list[Path]:
     """The slides that files and folders stand for; `BadInput` where there is none, or two of one name."""
     found = []
@@ -298,7 +305,7 @@ def _marked(slide: Slide, mask: Path, classes: tuple[str, ...], label: str, l0_t
         present = [int(v) for v in np.unique(values) if v]
         if present == [255]:  # how black and white is saved
             values, present = np.minimum(values, 1), [1]
-        names = {v: _name(classes[v - 1] if v <= len(classes) else label or f"class{v}") for v in present}
+        names = {v: class_name(classes[v - 1] if v <= len(classes) else label or f"class{v}") for v in present}
         if classes and max(present, default=0) > len(classes):
             raise BadInput(f"{mask}: value {max(present)} has no name; --classes names {len(classes)}")
         return _Marked(values, names, (width / values.shape[1], height / values.shape[0]))
@@ -306,7 +313,7 @@ def _marked(slide: Slide, mask: Path, classes: tuple[str, ...], label: str, l0_t
 
     shapes: dict[str, list[Any]] = {}
     for feature in read_geojson(mask):
-        name = _name(label or feature.label or "lesion")
+        name = class_name(label or feature.label or "lesion")
         shapes.setdefault(name, []).append(feature.shape)
     if len(shapes) > 255:
         raise BadInput(f"{mask}: {len(shapes)} classes; 255 can be told apart")
@@ -317,13 +324,8 @@ def _marked(slide: Slide, mask: Path, classes: tuple[str, ...], label: str, l0_t
     names = dict(enumerate(sorted(shapes), 1))
     for value, name in names.items():
         paint(values, shapes[name], scale, value)
-    wanted = {_name(c) for c in classes}
+    wanted = {class_name(c) for c in classes}
     return _Marked(values, {v: n for v, n in names.items() if not wanted or n in wanted}, scale)
-
-
-def _name(label: str) -> str:
-    """A label that is a folder's name as well."""
-    return re.sub(r"[^\w.+-]+", "_", label).strip("._") or "lesion"
 
 
 def _cut_slide(

@@ -28,6 +28,8 @@ class Options:
         mask: where to look, GeoJSON or an image over the slide; a folder with ``<slide stem>`` for many slides.
         truth: a reference mask, in the same ways: an image of 0 and 1 (or 255) marks lesions, one with larger values
             holds 0 for nothing and k for the k-th class.
+        truth_classes: names of an image's values 1, 2, ... where they are not the model's classes in their order; one
+            that the model does not know is nothing.
         lesions: the classes that are lesions (default: `lesion_classes`).
         threshold: a lesion is where its class's probability is above it (default: above every other class's).
         min_area_um2: smaller lesions are left out, and smaller holes filled (default: a quarter of a tile).
@@ -49,6 +51,7 @@ class Options:
     threads: int | None = None
     mask: Path | None = None
     truth: Path | None = None
+    truth_classes: Sequence[str] = ()
     lesions: tuple[str, ...] = ()
     threshold: float | None = None
     min_area_um2: float | None = None

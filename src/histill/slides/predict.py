@@ -22,7 +22,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histill.data.images import few
-from histill.deploy.predictor import one_line
+from histill.deploy.predictor import Leaving, one_line
 from histill.errors import BadInput, Failed, HistillError
 from histill.files import locked, read_json, write_json
 from histill.progress import Bar, notice, progress, say
@@ -98,7 +98,7 @@ def predict_slides(
     how: dict[str, Any] = {"device": device, "precision": precision, "runtime": runtime, "code": code}
     loaded = model if isinstance(model, Model) else load_model(model, **how)
     wide = loaded if asked.coarse_model is None else load_model(asked.coarse_model, **how)
-    work = _Work(loaded, wide, asked, jobs)
+    work = _Work(loaded, wide, asked, jobs, device=device)
     start = time.monotonic()
     if ray is None:
         work.run()
@@ -126,10 +126,12 @@ def predict_slides(
     return summary
 
 
-def predict_one(model: Model, wide: Model, options: Options, out: Path, slide: Path) -> dict[str, Any]:
+def predict_one(
+    model: Model, wide: Model, options: Options, out: Path, slide: Path, *, device: str = "auto"
+) -> dict[str, Any]:
     """One slide into ``out/<its stem>``, without a summary: what ``slide.json`` holds."""
     (job,) = _jobs([slide], out)
-    _Work(model, wide, options, [job]).run()
+    _Work(model, wide, options, [job], device=device).run()
     if job.said is None:
         raise job.error or Failed(f"{slide}: given up")
     return job.said
@@ -215,7 +217,7 @@ def _jobs(slides: Sequence[Path], out: Path) -> list[_Job]:
 class _Work:
     """What one call does."""
 
-    def __init__(self, model: Model, wide: Model, options: Options, jobs: list[_Job]) -> None:
+    def __init__(self, model: Model, wide: Model, options: Options, jobs: list[_Job], *, device: str = "auto") -> None:
         self.model, self.wide, self.options, self.jobs = model, wide, options, jobs
         if wide.classes != model.classes:
             raise BadInput(f"{wide.name} has classes {', '.join(wide.classes)}, not those of {model.name}")
@@ -226,7 +228,7 @@ class _Work:
             raise BadInput(f"{model.name} does not say at which resolution it was trained; give it with --mpp")
         self.mpp = mpp
         self._try()
-        self.segmenters = open_segmenters(options.segment, model.classes, tile=self.tile, device=model.device)
+        self.segmenters = open_segmenters(options.segment, model.classes, tile=self.tile, device=device)
 
     def _try(self) -> None:
         """Look at one white tile: a model of another size, or one that is no classifier, is refused at once."""
@@ -314,6 +316,7 @@ class _Work:
             "lesions": self.labels,
             "bf16": self.model.bf16,
             "runtime": self.model.runtime,
+            "temperature": self.model.temperature,
         }
 
     def _batches(self, job: _Job, part: str) -> Iterator[_Batch]:
@@ -444,9 +447,9 @@ class _Work:
             extra["coarse"] = rest
         for number, name in enumerate(classes):
             table[f"prob_{name}"] = probabilities[:, number]
-        if "exits" in rows:
-            extra["exit"] = np.zeros(len(tiles), rows["exits"].dtype)  # 0: the wide look was sure
-            extra["exit"][job.wanted[_FINE]] = rows["exits"]
+        if "exits" in rows or (isinstance(self.model.predictor, Leaving) and not job.chunks[_FINE]):
+            extra["exit"] = np.zeros(len(tiles), np.uint8)  # 0: the wide look was sure
+            extra["exit"][job.wanted[_FINE]] = rows.get("exits", 0)
         for name, values in extra.items():
             table[name] = values
         plan = job.grids[_FINE].plan(job.slide)

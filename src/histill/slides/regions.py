@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from histill.data.decode import FORMATS
 from histill.errors import BadInput, require
 from histill.slides.slide import Slide
 
-__all__ = ["GEOJSON", "MAX_MASK_PX", "is_geojson", "paint", "read_mask"]
+__all__ = ["GEOJSON", "MAX_MASK_PX", "class_name", "is_geojson", "paint", "read_mask"]
 
 GEOJSON = (".geojson", ".json", ".geojson.gz", ".json.gz")
 MAX_MASK_PX = 1 << 30
@@ -27,6 +28,11 @@ _ASPECT = 0.02  # by how much a mask's shape may differ from its slide's
 def is_geojson(path: Path) -> bool:
     """Whether ``path`` is named like GeoJSON; everything else is taken for an image."""
     return path.name.lower().endswith(GEOJSON)
+
+
+def class_name(label: str) -> str:
+    """A label that is a folder's name as well; what patches of slides are called."""
+    return re.sub(r"[^\w.+-]+", "_", label).strip("._") or "lesion"
 
 
 def paint(mask: NDArray[np.uint8], shapes: Iterable[Any], downsample: tuple[float, float], value: int = 1) -> None:

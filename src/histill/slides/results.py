@@ -35,7 +35,7 @@ from histill.slides.lesions import (
     lesion_hits,
 )
 from histill.slides.options import Options
-from histill.slides.regions import is_geojson, paint, read_mask
+from histill.slides.regions import class_name, is_geojson, paint, read_mask
 from histill.slides.segment import Segmentation, segment
 from histill.slides.slide import Slide
 from histill.slides.tissue import Tissue, tissue_picture
@@ -309,14 +309,23 @@ def _truth(found: Found, heatmap: Heatmap) -> tuple[NDArray[np.uint8], bool]:
     classes, shape = found.model.classes, heatmap.covered.shape
     if is_geojson(found.truth):
         features = read_geojson(found.truth)
-        known = [feature for feature in features if feature.label in classes]
+        numbers = {name: number for number, label in enumerate(classes, 1) for name in (class_name(label), label)}
+        known = [feature for feature in features if feature.label in numbers or class_name(feature.label) in numbers]
         drawn = np.zeros(shape, np.uint8)
         for feature in known or features:
-            value = classes.index(feature.label) + 1 if known else 1
+            value = (numbers.get(feature.label) or numbers[class_name(feature.label)]) if known else 1
             paint(drawn, [feature.shape], (heatmap.l0_pixel, heatmap.l0_pixel), value)
         return drawn, bool(known)
     values = read_mask(found.truth, found.slide)
-    if set(np.unique(values).tolist()) <= {0, 1, 255}:
+    names = found.options.truth_classes
+    if names:
+        if set(np.unique(values).tolist()) <= {0, 255}:  # how black and white is saved
+            values = np.minimum(values, 1)
+        if values.max() > len(names):
+            raise BadInput(f"{found.truth}: value {values.max()} has no name; {len(names)} are named")
+        known_as = [classes.index(name) + 1 if name in classes else 0 for name in map(class_name, names)]
+        values, classed = np.array([0, *known_as], np.uint8)[values], True
+    elif set(np.unique(values).tolist()) <= {0, 1, 255}:
         values, classed = np.minimum(values, 1), False
     elif values.max() > len(classes):
         raise BadInput(f"{found.truth}: a value of {values.max()}, but the model has {len(classes)} classes")

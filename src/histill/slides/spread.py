@@ -69,7 +69,7 @@ def _worker(
     opened = partial(load_model, device=device, precision=precision, runtime=runtime, code=code)
     loaded = opened(model)
     wide = loaded if options.coarse_model is None else opened(options.coarse_model)
-    return partial(predict_one, loaded, wide, replace(options, threads=torch.get_num_threads()), out)
+    return partial(predict_one, loaded, wide, replace(options, threads=torch.get_num_threads()), out, device=device)
 
 
 def _absolute(options: Options) -> Options:

@@ -10,11 +10,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from histill.errors import BadInput
-from histill.files import write_json
+from histill.data.images import few
+from histill.deploy.predictor import one_line
+from histill.errors import BadInput, Failed, HistillError
+from histill.files import read_json, write_json
 from histill.progress import notice, say
 from histill.run import Run
-from histill.slides.cut import cut_slides, find_slides
+from histill.slides.cut import cut_slides, find_slides, mask_names
 from histill.slides.predict import predict_slides
 
 __all__ = ["cut_for", "judge_slides"]
@@ -68,6 +70,7 @@ def judge_slides(
 
     Raises:
         BadInput: no slide of the test split.
+        Failed: some slides could not be read; the others are judged.
     """
     first = next(iter(runs.values()))
     frame = first.data.frame
@@ -76,25 +79,38 @@ def judge_slides(
     paths = [path for path in find_slides(slides) if path.name in labels.index]
     if not paths:
         raise BadInput(f"none of the slides is in the test split of {first.path}; bring more slides or a larger --test")
+    how: dict[str, Any] = {"slide_mpp": slide_mpp, "truth": masks, "truth_classes": tuple(mask_names(first.data.root))}
     found: dict[str, Any] = {}
+    failed: list[str] = []
     for name, run in runs.items():
-        said = predict_slides(run.path, paths, out / name, slide_mpp=slide_mpp, truth=masks)
+        try:
+            said = predict_slides(run.path, paths, out / name, **how)["slides"]
+        except HistillError as error:  # of some slides; the others are judged
+            failed.append(f"{name}: {one_line(error)}")
+            summary = out / name / "summary.json"
+            said = read_json(summary)["slides"] if len(paths) > 1 and summary.is_file() else {}
         rows = {
-            path.name: {"label": labels[path.name], "called": said["slides"][path.stem]["call"]["label"]}
-            | {key: said["slides"][path.stem].get(key) for key in ("agreement",)}
+            path.name: {"label": labels[path.name], "called": said[path.stem]["call"]["label"]}
+            | {key: said[path.stem].get(key) for key in ("agreement",)}
             for path in paths
-            if path.stem in said["slides"]
+            if path.stem in said
         }
         right, count = sum(row["label"] == row["called"] for row in rows.values()), len(rows)
-        interval = binomtest(right, count).proportion_ci()
+        interval = binomtest(right, count).proportion_ci() if count else None
         found[name] = {
-            "accuracy": {"value": right / count, "low": float(interval.low), "high": float(interval.high)},
+            "accuracy": {
+                "value": right / count if count else None,
+                "low": None if interval is None else float(interval.low),
+                "high": None if interval is None else float(interval.high),
+            },
             "slides": rows,
         }
         notice(f"{name}: {right} of {count} test slides are called what their patches are labelled")
-    summary = {"slides": found}
-    write_json(out / "summary.json", summary)
-    return summary
+    judged = {"slides": found}
+    write_json(out / "summary.json", judged)
+    if failed:
+        raise Failed(f"{few(failed)}; the others are judged in {out / 'summary.json'}")
+    return judged
 
 
 def _slide_label(labels: pd.Series[str]) -> str:
