@@ -54,7 +54,7 @@ def slide(
         threads: readers (default: the machine's cores, 8 at most); with --ray the cores of each worker (default: 1).
         mask: where to look: GeoJSON, an image over the slide, or a folder of them named like the slides.
         truth: reference masks in the same ways, for IoU, Dice and lesion FROC.
-        truth_classes: names of a mask image's values 1, 2, ... (default: the model's classes; 0 and 1 alone: any lesion).
+        truth_classes: names of a mask image's values 1, 2, ... (default: the model's classes; 0 and 1: any lesion).
         lesions: the classes that are lesions (default: the positive class, else all that do not sound healthy).
         threshold: of a lesion's probability (default: above every other class).
         min_area_um2: smaller lesions and holes are left out (default: a quarter of a tile).
