@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from histill.deploy.predictor import TorchPredictor
-from histill.slides.engine import Model
+from histill.slides.engine import Model, answers
 from histill.slides.heatmap import Heatmap
-from histill.slides.segment import Segmentation, answers, segment
+from histill.slides.segment import Segmentation, segment
 from histill.types import Outputs
 
 CLASSES = ("none", "a", "b")

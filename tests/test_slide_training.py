@@ -48,6 +48,12 @@ def slides_of(root: Path, count: int = 6) -> Path:
     return root
 
 
+def words_of(root: Path, out: Path, *more: str) -> list[str]:
+    """What every recipe is told: the slides, their masks, and a third of them aside twice."""
+    words = ["--slides", str(root / "slides"), "--masks", str(root / "masks"), "--classes", "odd", "even"]
+    return [*words, "--out", str(out), "--batch-size", "8", "--val", "0.34", "--test", "0.34", *more]
+
+
 def test_the_resolution_of_patches_is_that_of_the_run(tmp_path: Path) -> None:
     root = slides_of(tmp_path, 2)
     cut_slides([root / "slides"], tmp_path / "out", masks=root / "masks", classes=("a", "b"))
@@ -61,9 +67,8 @@ def test_the_resolution_of_patches_is_that_of_the_run(tmp_path: Path) -> None:
 
 def test_a_recipe_takes_slides_and_its_run_is_judged_on_slides(tmp_path: Path) -> None:
     root, out = slides_of(tmp_path / "in"), tmp_path / "out"
-    words = ["--slides", str(root / "slides"), "--masks", str(root / "masks"), "--classes", "odd", "even"]
-    words += ["--out", str(out), "--image-size", "32", "--epochs", "2", "--batch-size", "8", "--val", "0.34"]
-    assert cli.run(["train", "dsnet.student", *words, "--test", "0.34", "--lr", "0.003"]) == 0
+    own = ("--image-size", "32", "--epochs", "2", "--lr", "0.003")
+    assert cli.run(["train", "dsnet.student", *words_of(root, out, *own)]) == 0
     manifest = pd.read_csv(out / "patches" / "manifest.csv")
     assert set(manifest["label"]) == {"odd", "even", "background"}
     run = hs.Run.open(out)
@@ -100,10 +105,9 @@ def test_a_recipe_takes_slides_and_its_run_is_judged_on_slides(tmp_path: Path) -
 @pytest.mark.slow
 def test_distill_takes_slides_and_ends_with_slides(tmp_path: Path) -> None:
     root, out = slides_of(tmp_path / "in"), tmp_path / "out"
-    words = ["--slides", str(root / "slides"), "--masks", str(root / "masks"), "--classes", "odd", "even"]
-    words += ["--out", str(out), "--image-size", "32", "--epochs", "2", "--batch-size", "8", "--val", "0.34"]
-    words += ["--test", "0.34", "--teacher-network", "dsnet", "--teacher-weights", "none", "--lr", "0.003"]
-    assert cli.run(["distill", "dsnet", *words]) == 0
+    own = ("--image-size", "32", "--epochs", "2", "--lr", "0.003")
+    own = (*own, "--teacher-network", "dsnet", "--teacher-weights", "none")
+    assert cli.run(["distill", "dsnet", *words_of(root, out, *own)]) == 0
     found = json.loads((out / "slides" / "summary.json").read_text())["slides"]
     assert set(found) == {"teacher", "student_alone", "student_distilled"}
     assert (out / "slides" / "student_distilled").is_dir()
@@ -113,11 +117,9 @@ def test_distill_takes_slides_and_ends_with_slides(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_distill_mac_resnet_takes_slides_and_ends_with_slides(tmp_path: Path) -> None:
     root, out = slides_of(tmp_path / "in"), tmp_path / "out"
-    words = ["--slides", str(root / "slides"), "--masks", str(root / "masks"), "--classes", "odd", "even"]
-    words += ["--out", str(out), "--image-size", "64", "--epochs", "1", "--batch-size", "8", "--val", "0.34"]
-    words += ["--test", "0.34", "--network", "resnet18", "--weights", "none", "--teacher-weights", "none"]
-    words += ["--views", "1", "--lr", "0.001"]
-    assert cli.run(["distill", "mac-resnet", *words]) == 0
+    own = ("--image-size", "64", "--epochs", "1", "--views", "1", "--lr", "0.001")
+    own = (*own, "--network", "resnet18", "--weights", "none", "--teacher-weights", "none")
+    assert cli.run(["distill", "mac-resnet", *words_of(root, out, *own)]) == 0
     found = json.loads((out / "slides" / "summary.json").read_text())["slides"]
     assert set(found) == {"teacher", "student_alone", "student_distilled"}
 
@@ -128,11 +130,9 @@ def test_distill_rckd_cuts_what_it_pretrains_on_from_the_training_slides(tmp_pat
     write_images(tmp_path / "nuclei", patients=8, images_per_patient=1, size=64, masks=True)
     nuclei = split(read_masks(tmp_path / "nuclei" / "manifest.csv", kind="instances"), val=0.25, test=0.25)
     hs.train(rckd.teacher(nuclei, epochs=1, image_size=64, batch_size=4), tmp_path / "segmenter")
-    words = ["--slides", str(root / "slides"), "--masks", str(root / "masks"), "--classes", "odd", "even"]
-    words += ["--out", str(out), "--image-size", "32", "--epochs", "1", "--batch-size", "8", "--val", "0.34"]
-    words += ["--test", "0.34", "--network", "test_resnet", "--teacher", str(tmp_path / "segmenter"), "--lr", "0.01"]
-    words += ["--pretrain-epochs", "1", "--pretrain-image-size", "32", "--pretrain-batch-size", "4"]
-    assert cli.run(["distill", "rckd", *words]) == 0
+    own = ("--image-size", "32", "--epochs", "1", "--lr", "0.01", "--network", "test_resnet")
+    own = (*own, "--pretrain-epochs", "1", "--pretrain-image-size", "32", "--pretrain-batch-size", "4")
+    assert cli.run(["distill", "rckd", *words_of(root, out, "--teacher", str(tmp_path / "segmenter"), *own)]) == 0
     labelled = hs.Run.open(
         out / "seed0" / "student_distilled" if (out / "seed0").is_dir() else out / "student_distilled"
     )

@@ -40,7 +40,8 @@ def cache_command(name: str) -> Any:
 
 def _cache(function: Callable[..., Any], flags: Any, values: dict[str, Any]) -> None:
     from histill.fill import fill
-    from histill.verbs import check_finite, experiment_of, takes_data
+    from histill.held import check_finite
+    from histill.verbs import experiment_of, takes_data
 
     values = {n: d for n, (_, d, _) in flags.items()} | values
     check_finite(values)

@@ -20,7 +20,7 @@ def demo(*, out: Path = Path("demo"), seed: int = 0) -> None:
         seed: of the phantom tissue and the trainings.
     """
     from histill.demo import demo as work
-    from histill.verbs import summary_lines
+    from histill.distill_verb import summary_lines
 
     summary, page = work(out, seed=seed)
     show(summary_lines(summary))

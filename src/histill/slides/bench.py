@@ -24,7 +24,7 @@ __all__ = ["bench_command", "bench_read", "table_of"]
 ALIGNED, GRID = 64, 256  # tiles in a round
 MODEL_PX = 224  # of the tiles that a model takes
 MOST = 1 << 14  # tiles, taken again from the first when they are used up
-OPENSLIDE_CACHE = 32 << 20  # what OpenSlide comes with
+OPENSLIDE_CACHE = 32 << 20  # bytes, what OpenSlide comes with
 
 Reader = Callable[[int, int], Pixels]
 
@@ -34,9 +34,9 @@ def bench_read(path: str | Path, *, seconds: float = 5.0, seed: int = 0) -> dict
 
     Rounds of tiles alternate between the two until each had ``seconds`` (five rounds at least), after a round apart to
     warm up. ``aligned`` are the file's own tiles in random order, each decoded anew: neither side has a cache. ``grid``
-    is a pass over the slide in squares of `MODEL_PX` side by side, row by row, as a model takes them; each side has the
-    cache that it comes with, emptied when the pass begins again. Beside the clock's seconds stand the processor's,
-    which other programs on the machine do not lengthen.
+    is a pass over the slide in squares of `MODEL_PX` side by side, row by row, as a model takes them; OpenSlide has
+    room for as many tiles as we have (its pixels have four bytes), and both are emptied when the pass begins again. Beside
+    the clock's seconds stand the processor's, which other programs on the machine do not lengthen.
 
     Returns:
         ``slide``, ``machine``, and for each of the two kinds ``tile``, ``identical`` (whether every pixel agreed),
@@ -53,12 +53,13 @@ def bench_read(path: str | Path, *, seconds: float = 5.0, seed: int = 0) -> dict
             raise BadInput(f"{path}: OpenSlide does not read it, so there is nothing to compare ({error})") from None
         rng = np.random.default_rng(seed)
         own = tuple(int(other.properties.get(f"openslide.level[0].tile-{side}", 256)) for side in ("width", "height"))
+        room = max(OPENSLIDE_CACHE, slide.cache_bytes * 4 // 3)
         tile = (min(own[0], 1024), min(own[1], 1024))
         found = {}
         with progress("reading", 2, "comparisons") as bar:
             for kind, size, cache, count in (
                 ("aligned", tile, 0, ALIGNED),
-                ("grid", (MODEL_PX, MODEL_PX), OPENSLIDE_CACHE, GRID),
+                ("grid", (MODEL_PX, MODEL_PX), room, GRID),
             ):
 
                 def fresh(cache: int = cache) -> None:

@@ -21,11 +21,10 @@ from PIL import Image
 
 from histill.errors import require
 from histill.files import write_text
-from histill.slides.engine import Model
+from histill.slides.engine import Model, answers
 from histill.slides.geojson import Color
 from histill.slides.grid import Grid
 from histill.slides.lesions import Lesion
-from histill.slides.segment import answers
 from histill.slides.slide import Slide
 
 __all__ = ["Case", "write_case"]

@@ -20,10 +20,11 @@ from histill.errors import BadInput
 from histill.files import digest, file_digest
 from histill.machine import computes_bf16
 from histill.memory import Fits
+from histill.models.mac_resnet import attention_mask
 from histill.run import Run
 from histill.slides.compiled import compiled
 
-__all__ = ["Model", "device_of", "load_model"]
+__all__ = ["Model", "answers", "device_of", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,23 @@ class Model:
         with torch.inference_mode(), precise:
             said = network(tensor)
         return {name: value.float().cpu().numpy() for name, value in said.items() if torch.is_tensor(value)}
+
+
+def answers(model: Model, images: Pixels) -> dict[str, NDArray[np.float32]]:
+    """Where a run's network answers, by the name of its outputs that are maps: each ``(B, H, W)`` in [0, 1].
+
+    Of attention its mean, of features the mean of their magnitudes, enlarged to the images and stretched from the least
+    to the most of each image. Empty of an exported file, which gives logits alone.
+    """
+    if not hasattr(model.predictor, "network"):
+        return {}
+    maps = {name: value for name, value in model.outputs(images).items() if value.ndim == 4}
+    maps.pop("logits", None)
+    means = {name: value if name == "attention" else np.abs(value) for name, value in maps.items()}
+    return {
+        name: attention_mask(torch.from_numpy(value).mean(1), images.shape[-2:])[0].numpy()
+        for name, value in means.items()
+    }
 
 
 def load_model(

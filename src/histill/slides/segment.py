@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
@@ -27,14 +26,13 @@ from histill.deploy.predictor import Pixels, Predictor, one_line
 from histill.errors import BadInput, out_of_memory
 from histill.files import claim
 from histill.memory import Fits
-from histill.models.mac_resnet import attention_mask
 from histill.progress import progress
-from histill.slides.engine import Model, device_of
+from histill.slides.engine import device_of
 from histill.slides.grid import Grid
 from histill.slides.heatmap import Heatmap, released, write_ome_tiff
 from histill.slides.slide import Slide
 
-__all__ = ["Segmentation", "answers", "open_segmenters", "segment"]
+__all__ = ["Segmentation", "open_segmenters", "segment"]
 
 _THRESHOLD = 0.5
 _CPU_PX = 1 << 18  # that a U-Net looks at at once on a CPU, where more is no faster and takes memory
@@ -276,20 +274,3 @@ def _foreground(predictor: Predictor, images: Pixels, name: str) -> Pixels:
         return np.asarray(expit(logits[:, 0]), np.float32)
     channel = predictor.classes.index(name) if name in predictor.classes else logits.shape[1] - 1
     return np.asarray(softmax(logits, axis=1)[:, channel], np.float32)
-
-
-def answers(model: Model, images: Pixels) -> dict[str, NDArray[np.float32]]:
-    """Where a run's network answers, by the name of its outputs that are maps: each ``(B, H, W)`` in [0, 1].
-
-    Of attention its mean, of features the mean of their magnitudes, enlarged to the images and stretched from the least
-    to the most of each image. Empty of an exported file, which gives logits alone.
-    """
-    if not hasattr(model.predictor, "network"):
-        return {}
-    maps = {name: value for name, value in model.outputs(images).items() if value.ndim == 4}
-    maps.pop("logits", None)
-    means = {name: value if name == "attention" else np.abs(value) for name, value in maps.items()}
-    return {
-        name: attention_mask(torch.from_numpy(value).mean(1), images.shape[-2:])[0].numpy()
-        for name, value in means.items()
-    }

@@ -101,6 +101,11 @@ class Slide:
         """Close the file; may be called twice."""
         self._source.close()
 
+    @property
+    def cache_bytes(self) -> int:
+        """How many bytes of decoded tiles are kept at most; 0 where another library keeps its own."""
+        return self._source.cache.limit if isinstance(self._source, JpegTiles | TiffTiles) else 0
+
     def forget(self) -> None:
         """Drop decoded tiles that are kept in case they are asked for again."""
         if isinstance(self._source, JpegTiles | TiffTiles):
