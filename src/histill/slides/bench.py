@@ -34,9 +34,9 @@ def bench_read(path: str | Path, *, seconds: float = 5.0, seed: int = 0) -> dict
 
     Rounds of tiles alternate between the two until each had ``seconds`` (five rounds at least), after a round apart to
     warm up. ``aligned`` are the file's own tiles in random order, each decoded anew: neither side has a cache. ``grid``
-    is a pass over the slide in squares of `MODEL_PX` side by side, row by row, as a model takes them; OpenSlide has
-    room for as many tiles as we have (its pixels have four bytes), and both are emptied when the pass begins again. Beside
-    the clock's seconds stand the processor's, which other programs on the machine do not lengthen.
+    is a pass over the slide in squares of `MODEL_PX` side by side, row by row, as a model takes them. OpenSlide has
+    room for as many tiles as we have (its pixels have four bytes), and both are emptied when the pass begins again.
+    Beside the clock's seconds stand the processor's, which other programs on the machine do not lengthen.
 
     Returns:
         ``slide``, ``machine``, and for each of the two kinds ``tile``, ``identical`` (whether every pixel agreed),
