@@ -111,7 +111,9 @@ def live(
                 os.dup2(file.fileno(), 2)
             done = Operations(below, fatal, torn=torn)
             work()
-            os.write(tells, json.dumps([done.count, [n for n in sys.modules if n.split(".")[0] in WARM]]).encode())
+            modules = [n for n in sys.modules if n.split(".")[0] in WARM]
+            with os.fdopen(tells, "w") as pipe:
+                pipe.write(json.dumps([done.count, modules]) + "\n")
             status = 0
         except BaseException:  # noqa: BLE001 - whatever it is, the parent reads it
             traceback.print_exc()
@@ -128,7 +130,7 @@ def live(
     os.close(heard)
     _, status = os.waitpid(child, 0)
     lived = time.monotonic() - start
-    count, modules = json.loads(told) if told else (0, [])
+    count, modules = json.loads(told) if told.endswith(b"\n") else (0, [])  # a killed one may have told half of it
     for name in modules:
         if name not in sys.modules:
             with suppress(Exception):
@@ -422,12 +424,14 @@ def side_by_side(names: list[str], root: Path, *, kills: int, seed: int) -> dict
             try:
                 found = soak(name, root / name, kills=kills, seed=seed, say=say_it)
                 (root / f"{name}.json").write_text(json.dumps(asdict(found)))
-            except BaseException:  # noqa: BLE001 - the parent misses the file
+                os._exit(0)
+            except BaseException:  # noqa: BLE001 - whatever it is, the parent says which kind ended
                 traceback.print_exc()
             finally:
-                os._exit(0)
-    for child in children.values():
-        os.waitpid(child, 0)
+                os._exit(1)
+    ended = {name: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for name, child in children.items()}
+    if any(ended.values()):
+        raise SystemExit(f"no result of {', '.join(name for name, status in ended.items() if status)}: see above")
     return {name: Found(**json.loads((root / f"{name}.json").read_text())) for name in names}
 
 
