@@ -43,7 +43,10 @@ def test_json_is_strict_both_ways(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write_json(path, {"x": float("nan")})
     assert read_json(path) == {"ä": [1, 2.5, None]}
-    for text in (b"{", b"", b"\xff\xfe", b"[" * 100_000):
+    path.write_bytes(b'\xef\xbb\xbf["\\ud83d\\ude00", "\\\\ud800"]')
+    assert read_json(path) == ["\N{GRINNING FACE}", "\\ud800"]
+    half = (b'["\\ud83d"]', b'{"\\uDE00": 1}', b'["\xed\xa0\xbd"]')
+    for text in (b"{", b"", b"\xff\xfe", b"[" * 100_000, *half):
         path.write_bytes(text)
         with pytest.raises(BadInput, match=r"x\.json is not valid JSON"):
             read_json(path)

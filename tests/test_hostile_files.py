@@ -431,6 +431,7 @@ def test_outlines_that_cross_themselves_beyond_mending(tmp_path: Path) -> None:
         ('{"type":"Polygon","coordinates":{"a":1}}', "lists of rings"),
         ('{"type":"GeometryCollection","geometries":[{"type":"GeometryCollection","geometries":[]}]}', "within"),
         ('{"type":"Feature","geometry":7}', "type None"),
+        ('{"type":"Feature","geometry":null,"properties":{"name":"\\ud800"}}', "surrogates"),
         ("9" * 5000, "GeoJSON"),
     ],
 )

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -27,6 +28,7 @@ __all__ = [
     "file_digest",
     "full_disk",
     "locked",
+    "parse_json",
     "read_json",
     "sweep",
     "write_json",
@@ -166,11 +168,24 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; `BadInput` names the file where it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_bytes())
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not valid JSON ({error})") from None
+
+
+def parse_json(text: bytes | bytearray) -> Any:
+    """What JSON in UTF-8, with a mark of byte order or without, says.
+
+    Raises:
+        ValueError: no JSON, or half a character in it (a lone surrogate), which could be written nowhere.
+        RecursionError: brackets within brackets without end.
+    """
+    found = json.loads(text.decode("utf-8-sig"))
+    if re.search(rb"\\u[dD]", text):
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
 
 
 def digest(value: Any) -> str:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from histill.data.decode import EXTENSIONS
 from histill.errors import BadInput
-from histill.files import atomic, digest, file_digest
+from histill.files import atomic, digest, file_digest, parse_json
 from histill.progress import progress
 
 __all__ = ["SPLITS", "UNLABELLED", "Images", "few", "images_below", "of_each", "read_images", "read_unlabelled"]
@@ -120,7 +120,7 @@ class Images:
         """Read what `save` wrote."""
         try:
             with Path(path).open(encoding="utf-8", newline="") as file:
-                header = json.loads(file.readline().removeprefix("# "))
+                header = parse_json(file.readline().removeprefix("# ").encode())
                 frame = pd.read_csv(file, dtype=str, keep_default_na=False)
             if missing := set(COLUMNS) - {"slide", "mpp", "mask_content"} - set(frame):
                 raise ValueError(f"no column {few(sorted(missing))}")

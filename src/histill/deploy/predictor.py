@@ -19,6 +19,7 @@ from torch import nn
 
 from histill.deploy.script import check_script
 from histill.errors import BadInput, require
+from histill.files import parse_json
 from histill.memory import Fits
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
     if not text:
         return {}
     try:
-        card = json.loads(text)
+        card = parse_json(text.encode())
         classes, size, mpp, temperature = card["classes"], card["image_size"], card["mpp"], card.get("temperature")
         sound = (
             bool(classes)

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from histill.errors import BadInput, require
-from histill.files import atomic
+from histill.files import atomic, parse_json
 from histill.progress import notice
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def _load(path: Path) -> Any:
                     data += block
                     if len(data) > _MOST_BYTES:
                         raise BadInput(f"{path} holds more than {_MOST_BYTES >> 20} MB; split it")
-        return json.loads(data)
+        return parse_json(data)
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist") from None
     except BadInput:
