@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from histill import progress as progress_module
 from histill.errors import BadInput, Failed, HistillError, require
@@ -187,6 +189,16 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
         for _ in range(3):
             bar.advance(25, "note")
     assert capsys.readouterr().err == "packing note 50/100 2.0 tiles/s, 25 s left\n"
+
+
+def test_a_name_on_a_bar_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr("histill.progress.Console", lambda **_: console)
+    monkeypatch.delenv("HISTILL_QUIET", raising=False)
+    with progress("case [/red] [bold]\x1b[31m", 2, "tiles") as bar:
+        bar.advance(2, "[/]\x1b[2J")
+    assert r"case [/red] [bold]\x1b[31m [/]\x1b[2J" in screen.getvalue()
 
 
 def test_progress_that_goes_on_counts_only_its_own_for_the_rate(

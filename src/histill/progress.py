@@ -53,9 +53,9 @@ class Bar:
     """Counts what was done; `advance` is cheap enough to call for every batch."""
 
     def __init__(self, what: str, total: int, unit: str, done: int, bar: Progress | None) -> None:
-        self.what, self.total, self.unit = what, total, unit
+        self.what, self.total, self.unit = printable(what), total, unit
         self._bar = bar
-        self._task = bar.add_task(what, total=total, completed=done, unit=unit) if bar else None
+        self._task = bar.add_task(self.what, total=total, completed=done, unit=unit) if bar else None
         self._before = self._done = done
         self._start = self._said = time.monotonic()
 
@@ -63,7 +63,7 @@ class Bar:
         """Say that ``count`` more are done; ``note`` stands beside the name."""
         self._done += count
         if self._bar and self._task is not None:
-            self._bar.update(self._task, advance=count, description=f"{self.what} {note}".rstrip())
+            self._bar.update(self._task, advance=count, description=f"{self.what} {printable(note)}".rstrip())
         elif (now := time.monotonic()) - self._said > _EVERY_S:
             self._said = now
             rate = (self._done - self._before) / (now - self._start)
@@ -82,7 +82,7 @@ def progress(what: str, total: int, unit: str = "images", *, done: int = 0) -> I
         yield Bar(what, total, unit, done, Progress(disable=True))
     elif console.is_terminal:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # a name may look like rich's markup
             BarColumn(),
             MofNCompleteColumn(),
             _Rate(),
