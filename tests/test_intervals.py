@@ -16,6 +16,7 @@ from histill.evaluate.intervals import (
     paired_gain,
     per_class_table,
 )
+from histill.evaluate.masks import MaskScores
 from histill.evaluate.metrics import Scores, metrics, per_class
 
 
@@ -92,6 +93,34 @@ def test_nothing_wrong_still_has_an_interval() -> None:
     assert both["accuracy"]["low"] == pytest.approx(100 / (100 + 1.959964**2), abs=1e-6)
     assert both["balanced_accuracy"]["low"] == pytest.approx(20 / (20 + 1.959964**2), abs=1e-6)
     assert both["auroc"]["low"] == both["balanced_accuracy"]["low"]
+
+
+def test_an_auroc_knows_no_more_than_the_fewer_of_both_kinds() -> None:
+    # Fifty patients with the disease and one without, whose five images are all that the fifty are compared with.
+    rng = np.random.default_rng(0)
+    labels, units = np.array([1] * 50 + [0] * 5), np.array([*range(50), *[50] * 5])
+    p = np.concatenate([rng.uniform(0.3, 1, 50), rng.uniform(0, 0.6, 5)])
+    one = Scores(labels, np.stack([1 - p, p], 1), units, positive=1)
+    got = figures_with_intervals(one, resamples=200)["auroc"]
+    assert got["value"] is not None and got["low"] is None and got["high"] is None
+    better = Scores(labels, np.eye(2)[labels], units, positive=1)
+    assert paired_gain(one, better, resamples=200)["auroc"]["p"] is None
+    for rows in (per_class_table(better, resamples=200), per_class_table(one, resamples=200)):
+        assert rows[0]["auroc"] == pytest.approx(rows[1]["auroc"])  # of two classes it is one figure
+
+
+def test_an_iou_of_one_patient_s_class_has_no_interval() -> None:
+    # In every draw that holds that patient it is the same, which says nothing of others.
+    counts = np.zeros((50, 2, 3))
+    counts[:, 0] = np.random.default_rng(0).integers(100, 900, (50, 3))
+    counts[0, 1] = 80, 0, 20
+    found = MaskScores(counts, np.arange(50), ("gland", "tumour"))
+    got = figures_with_intervals(found, resamples=200)
+    for name in ("iou_tumour", "dice_tumour"):
+        assert got[name]["value"] is not None and got[name]["low"] is None and got[name]["high"] is None
+    assert got["iou_gland"]["low"] < got["iou_gland"]["value"] < got["iou_gland"]["high"]
+    assert found.units_behind("miou") == 2
+    assert found.units_behind("iou_gland") == found.units_behind("pixel_accuracy") == 50
 
 
 def test_undefined_figures_are_none_and_everything_is_json() -> None:

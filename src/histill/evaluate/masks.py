@@ -114,8 +114,19 @@ class MaskScores:
         return {name: everything[name] for name in (self.names if names is None else names)}
 
     def units_behind(self, name: str) -> int:
-        """How many units a share is over."""
-        return len(self.unit_names)
+        """How many units a share is over: those that hold the class; for a mean the rarest class's, times the classes.
+
+        Of a class that the truth lacks those where it was drawn.
+        """
+        everyone = len(self.unit_names)
+        tp, fp, fn = self._sums[:, : 3 * len(self.classes)].reshape(everyone, -1, 3).transpose(2, 0, 1)
+        held = (tp + fn > 0).sum(axis=0)  # (C,)
+        if name in ("miou", "mdice"):
+            return min(everyone, int(self._present.sum() * held[self._present].min(initial=everyone)))
+        for number, label in enumerate(self.classes):
+            if name in (f"iou_{label}", f"dice_{label}"):
+                return int(held[number] or (fp[:, number] > 0).sum())
+        return everyone
 
 
 def label_map(outputs: dict[str, Tensor], size: tuple[int, int]) -> Tensor:

@@ -123,6 +123,8 @@ class Scores:
             return min(everyone, len(self.present) * min(units(self.labels == c) for c in self.present))
         if name == "specificity":
             return units(self.labels != target)
+        if name == "auroc":  # a pair needs both, and knows no more than the fewer
+            return min(units(self.labels == target), units(self.labels != target))
         return units(self.labels == target)
 
     @cached_property
