@@ -29,7 +29,9 @@ from histill.data.archives import read_member, unpack
 from histill.data.decode import decode
 from histill.data.images import read_images, read_unlabelled
 from histill.errors import BadInput
+from histill.slides.cut import cut_slides
 from histill.slides.geojson import read_geojson
+from histill.slides.predict import predict_slides
 from histill.slides.regions import read_mask
 from histill.slides.slide import open_slide
 from histill.slides.view.heat import HeatFile
@@ -209,6 +211,18 @@ def test_descriptions_that_take_long_to_search(tmp_path: Path) -> None:
     tifffile.imwrite(path, picture(64, 64), tile=(64, 64), description=text.encode(), metadata=None, photometric="rgb")
     with open_slide(path) as slide:
         assert slide.mpp is None
+
+
+@pytest.mark.parametrize("name", ["..svs", "...svs"])
+def test_a_slide_is_written_under_no_name_that_is_another_folder(tmp_path: Path, name: str) -> None:
+    out, slide = tmp_path / "a" / "out", tmp_path / name
+    assert (out / slide.stem).resolve() in (out, out.parent)  # the trap
+    slide.write_bytes(b"")
+    with pytest.raises(BadInput, match="rename it"):
+        predict_slides(tmp_path / "model", [slide], out)
+    with pytest.raises(BadInput, match="rename it"):
+        cut_slides([slide], out)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])

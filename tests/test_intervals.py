@@ -102,7 +102,7 @@ def test_an_auroc_knows_no_more_than_the_fewer_of_both_kinds() -> None:
     p = np.concatenate([rng.uniform(0.3, 1, 50), rng.uniform(0, 0.6, 5)])
     one = Scores(labels, np.stack([1 - p, p], 1), units, positive=1)
     got = figures_with_intervals(one, resamples=200)["auroc"]
-    assert got["value"] is not None and got["low"] is None and got["high"] is None
+    assert got == {"value": pytest.approx(0.904), "low": None, "high": None}
     better = Scores(labels, np.eye(2)[labels], units, positive=1)
     assert paired_gain(one, better, resamples=200)["auroc"]["p"] is None
     for rows in (per_class_table(better, resamples=200), per_class_table(one, resamples=200)):
@@ -117,7 +117,8 @@ def test_an_iou_of_one_patient_s_class_has_no_interval() -> None:
     found = MaskScores(counts, np.arange(50), ("gland", "tumour"))
     got = figures_with_intervals(found, resamples=200)
     for name in ("iou_tumour", "dice_tumour"):
-        assert got[name]["value"] is not None and got[name]["low"] is None and got[name]["high"] is None
+        assert got[name]["value"] > 0.7
+        assert (got[name]["low"], got[name]["high"]) == (None, None)
     assert got["iou_gland"]["low"] < got["iou_gland"]["value"] < got["iou_gland"]["high"]
     assert found.units_behind("miou") == 2
     assert found.units_behind("iou_gland") == found.units_behind("pixel_accuracy") == 50

@@ -30,7 +30,7 @@ from histill.files import atomic, locked, read_json, sweep, write_json
 from histill.progress import progress, say
 from histill.slides.grid import Grid
 from histill.slides.regions import GEOJSON, class_name, is_geojson, paint, read_mask
-from histill.slides.slide import Slide, open_slide
+from histill.slides.slide import Slide, check_name, open_slide
 from histill.slides.tiles import Pixels
 from histill.slides.tissue import find_tissue
 
@@ -214,6 +214,8 @@ def find_slides(given: Sequence[Path]) -> list[Path]:
             raise BadInput(f"{path}: no such slide")
     if not found:
         raise BadInput("no slides were given")
+    for path in found:
+        check_name(path)
     if again := sorted(name for name, count in Counter(p.stem for p in found).items() if count > 1):
         raise BadInput(f"{len(again)} names belong to two slides: {few(again)}; rename them or use another --out")
     return found

@@ -34,7 +34,7 @@ from histill.slides.lesions import lesion_classes
 from histill.slides.options import Options, beside, depends_on
 from histill.slides.results import Found, write_results
 from histill.slides.segment import open_segmenters
-from histill.slides.slide import Slide, open_slide
+from histill.slides.slide import Slide, check_name, open_slide
 from histill.slides.spread import spread_slides
 from histill.slides.state import State, key_of
 from histill.slides.summary import summary_lines, summary_of
@@ -206,6 +206,7 @@ def _jobs(slides: Sequence[Path], out: Path) -> list[_Job]:
     jobs = [_Job(path, out / path.stem) for path in slides]
     stems = [path.stem for path in slides]
     for number, stem in enumerate(stems):
+        check_name(slides[number])
         if stem in stems[:number]:
             first = slides[stems.index(stem)]
             raise BadInput(

@@ -22,7 +22,7 @@ from histill.slides.tiled import TiffTiles
 from histill.slides.tiles import Pixels
 from histill.slides.ways import Way, way_to
 
-__all__ = ["MAX_MPP", "MAX_REGION_PX", "Slide", "open_slide"]
+__all__ = ["MAX_MPP", "MAX_REGION_PX", "Slide", "check_name", "open_slide"]
 
 MAX_MPP = 50.0
 """No microscope's pixel is larger; a file that says so has the resolution of a printer."""
@@ -51,6 +51,14 @@ def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
     if not path.is_file():
         raise BadInput(f"{path}: {'a folder, not a slide' if path.is_dir() else 'no such slide'}")
     return Slide(path, way_to(path), mpp)
+
+
+def check_name(path: Path) -> None:
+    """Refuse a slide whose results would lie in no folder of their own: of ``...svs`` in the one above (`BadInput`)."""
+    if not path.stem.strip("."):
+        raise BadInput(
+            f"{path}: what is written of a slide is called {path.stem!r} after it, which cannot be; rename it"
+        )
 
 
 class Slide:
