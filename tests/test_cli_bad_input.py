@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -398,6 +399,33 @@ def test_help_answers_at_once_and_without_heavy_imports() -> None:
         assert name in done.stdout
     assert "research use only" in done.stdout.lower()
     assert {"torch", "pandas", "numpy", "timm", "matplotlib", "onnx", "sklearn", "PIL"}.isdisjoint(done.stderr.split())
+
+
+SHOW = """
+from histill.cli import main
+from histill.commands import app, show
+app.command(lambda: show("µm " * 9999), name="micron")
+main(["micron"])
+"""
+
+
+@pytest.mark.parametrize(("encoding", "said"), [("ascii", b"\\xb5m "), ("utf-8", "µm ".encode())])
+def test_an_answer_is_shown_in_any_alphabet_and_to_readers_that_have_enough(encoding: str, said: bytes) -> None:
+    how: dict[str, Any] = {"env": os.environ | {"PYTHONIOENCODING": encoding}, "timeout": 60, "check": False}
+    done = subprocess.run([sys.executable, "-c", SHOW], capture_output=True, **how)
+    assert (done.returncode, done.stderr, done.stdout) == (0, b"", said * 9999 + b"\n")
+    reader, writer = os.pipe()
+    os.close(reader)  # gone, as `head` goes
+    with os.fdopen(writer, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-c", SHOW], stdout=pipe, stderr=subprocess.PIPE, **how)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_what_turns_the_text_behind_it_is_refused_and_escaped(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("path,label\na.png,benign\nb.png,\u202emalignant\n", encoding="utf-8")
+    assert r"\u202emalignant" in refused(["data", "check", manifest])
+    assert r"\u2066x" in refused(["data", "check", tmp_path / "\u2066x"])
 
 
 def test_status_and_line_of_a_process() -> None:

@@ -191,6 +191,19 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     assert capsys.readouterr().err == "packing note 50/100 2.0 tiles/s, 25 s left\n"
 
 
+def test_work_goes_on_where_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr("sys.stderr", gone)
+        for _ in range(3):
+            notice("x" * 100_000)
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):  # the trap
+            gone.write("x" * 100_000)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+
+
 def test_a_name_on_a_bar_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from histill.commands import show
 from histill.errors import BadInput
 from histill.flags import LACKING, SPLIT, WORDS, command_of, common, merged, signature_flags
 
@@ -49,4 +50,4 @@ def _cache(function: Callable[..., Any], flags: Any, values: dict[str, Any]) -> 
     if values[needed] is None:
         raise BadInput(LACKING[needed])
     experiment, own = experiment_of(function, values)
-    print(fill(experiment, device=own["device"], precision=own["precision"], ray=own["ray"], threads=own["threads"]))  # noqa: T201
+    show(fill(experiment, device=own["device"], precision=own["precision"], ray=own["ray"], threads=own["threads"]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 import cyclopts
 
@@ -37,6 +39,8 @@ for _verb, _what in VERBS.items():
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 it failed, 2 bad input or arguments, 130 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal's alphabet lacks is escaped, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
@@ -72,5 +76,6 @@ def run(tokens: list[str]) -> int:
 def _fail(status: int, line: str, hint: str = "") -> int:
     if os.environ.get("HISTILL_DEBUG"):
         traceback.print_exc()
-    print(f"histill: {' '.join(printable(line).split())}{f' ({hint})' if hint else ''}", file=sys.stderr)  # noqa: T201
+    with suppress(OSError):  # nobody reads it
+        print(f"histill: {' '.join(printable(line).split())}{f' ({hint})' if hint else ''}", file=sys.stderr)  # noqa: T201
     return status

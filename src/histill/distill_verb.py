@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from histill.commands import show
 from histill.errors import BadInput
 from histill.files import write_json
 from histill.flags import LACKING, SPLIT, WORDS, command_of, common, merged, read_data, signature_flags
@@ -99,8 +100,8 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
             teacher_arguments=teacher_arguments(teacher, values),
         )
     judge_on_slides(out, values, ("teacher", "student_alone", "student_distilled"))
-    print(summary_lines(summary))  # noqa: T201
-    print(f"report: {out / 'report.html'}")  # noqa: T201
+    show(summary_lines(summary))
+    show(f"report: {out / 'report.html'}")
 
 
 def _transfer_command(name: str, module: Any) -> Any:
@@ -184,8 +185,8 @@ def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: d
             pretrain_arguments=pretrain,
         )
     judge_on_slides(out, values, ("student_alone", "student_distilled"))
-    print(summary_lines(summary))  # noqa: T201
-    print(f"report: {out / 'report.html'}")  # noqa: T201
+    show(summary_lines(summary))
+    show(f"report: {out / 'report.html'}")
 
 
 def _only_images(folder: Path) -> bool:

@@ -7,7 +7,17 @@ from types import ModuleType
 
 __all__ = ["BadInput", "Failed", "HistillError", "out_of_memory", "printable", "require"]
 
-_CONTROL = {c: ascii(chr(c))[1:-1] for c in (*range(32), *range(127, 160), *range(0xD800, 0xE000)) if c not in (9, 10)}
+_CONTROL = {
+    c: ascii(chr(c))[1:-1]
+    for c in (
+        *range(32),
+        *range(127, 160),
+        *range(0x2028, 0x202F),  # ends of lines, and what turns the direction of the text behind it
+        *range(0x2066, 0x206A),
+        *range(0xD800, 0xE000),
+    )
+    if c not in (9, 10)
+}
 
 
 class HistillError(Exception):

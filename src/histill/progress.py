@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -30,7 +30,8 @@ _EVERY_S = 20.0
 def say(line: str) -> None:
     """A line for people, on stderr; of several processes that ``torchrun`` or ``srun`` started the first speaks."""
     if _first_process():
-        print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
+        with suppress(OSError):  # a terminal that is gone, a pipe that nobody reads, a log's full disk: work goes on
+            print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def notice(line: str) -> None:

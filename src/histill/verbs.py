@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from histill.commands import show
 from histill.distill_verb import distill_command
 from histill.errors import BadInput
 from histill.flags import COMMON, LACKING, SLIDES, SPLIT, WORDS, command_of, common, merged, read_data, signature_flags
@@ -179,6 +180,6 @@ def _study_command(name: str) -> Any:
             raise BadInput(LACKING["data"])
         images = read_data(values)
         values = {n: v for n, v in values.items() if n not in (*SPLIT, "data")}
-        print(function(images, **values))  # noqa: T201
+        show(function(images, **values))
 
     return command_of(first.splitlines()[0], flags, work, "study")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import cyclopts
@@ -30,4 +32,7 @@ Seconds = Annotated[float, cyclopts.Parameter(validator=cyclopts.validators.Numb
 
 def show(value: object) -> None:
     """What a command was asked for, on stdout."""
-    print(printable(str(value)))  # noqa: T201
+    try:
+        print(printable(str(value)), flush=True)  # noqa: T201
+    except BrokenPipeError:  # who read it has enough, as `head` has; the interpreter must not try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -36,7 +36,7 @@ _MOST_COLUMNS = 1000
 _MOST_HEADER = 1 << 16
 _MOST_LABEL = 200
 """Characters of a class name."""
-_CONTROL = r"[\x00-\x1f\x7f-\x9f]"
+_CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 
 COLUMNS = ("path", "label", "patient", "split", "mask", "site", "slide", "mpp", "content", "mask_content")
 _SPLIT_NAMES = {
