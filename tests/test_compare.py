@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import experiment, no_page, table
@@ -106,3 +107,23 @@ def test_images_of_the_same_names_are_not_the_same_images(runs: list[Run], data:
     run = trained(other.with_frame(frame), root / "namesake")
     with pytest.raises(BadInput, match="were not judged on the same test images"):
         hs.compare(runs[0], run)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda t: t.assign(label="other"), "other, which the network does not know"),
+        (lambda t: t.drop(columns="prob_benign"), "no column prob_benign"),
+        (lambda t: t.drop(columns="split"), "no column split"),
+        (lambda t: pd.concat([t, t]), "each once"),
+        (lambda t: t.iloc[:0], "each once"),
+    ],
+    ids=["label", "probability", "split", "twice", "none"],
+)
+def test_predictions_that_were_edited_are_refused(runs: list[Run], tmp_path: Path, edit: Any, said: str) -> None:
+    edited = tmp_path / "edited"
+    shutil.copytree(runs[1].path, edited)
+    edit(runs[1].predictions).to_parquet(edited / "predictions.parquet", index=False)
+    for pair in ((runs[0], edited), (edited, edited)):
+        with pytest.raises(BadInput, match=said):
+            hs.compare(*pair)

@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from histill.errors import BadInput
 from histill.evaluate.delong import delong
+from histill.evaluate.finish import check_columns
 from histill.evaluate.intervals import Judged, figures_with_intervals, paired_gain
 from histill.evaluate.judge import scores_of
 from histill.evaluate.metrics import Scores
@@ -77,8 +80,7 @@ def compare(*runs: Run | str | Path, split: str = "test") -> Comparison:
             raise BadInput(
                 f"{run.path} and {first.path} were not judged on the same {split} images; same data, same split"
             )
-    images = first.predictions.query("split == @split")["image"]
-    tables = [run.predictions.set_index("image", drop=False).loc[images] for run in opened]
+    tables = [_table(run, split) for run in opened]
     found = [scores_of(run, split, table) for run, table in zip(opened, tables)]
     called = _distinct([run.path for run in opened])
     return Comparison(
@@ -106,6 +108,16 @@ def _images(run: Run, split: str) -> list[tuple[str, ...]]:
             index=False, name=None
         )
     )
+
+
+def _table(run: Run, split: str) -> pd.DataFrame:
+    """What the run said of the split's images, in the order of their names."""
+    table, asked = run.predictions, run.data.frame
+    check_columns(table, ["image", "split"])
+    table = table[table["split"] == split].sort_values("image", kind="stable", ignore_index=True)
+    if list(table["image"]) != sorted(asked["path"][asked["split"] == split]):
+        raise BadInput(f"{run.path}: its predictions are not of its own {split} images, each once; they were edited")
+    return table
 
 
 def _distinct(paths: list[Path]) -> list[str]:

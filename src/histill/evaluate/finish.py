@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from histill.data.decode import load
-from histill.data.images import Images
+from histill.data.images import Images, few
 from histill.errors import BadInput
 from histill.evaluate import figures
 from histill.evaluate.attention import looked_at
@@ -24,6 +24,7 @@ from histill.files import write_json
 from histill.run import Run
 
 __all__ = [
+    "check_columns",
     "class_rows",
     "counts",
     "exit_count",
@@ -80,6 +81,10 @@ def scores(
     if not len(part):
         raise BadInput(f"no predictions of the {split} split")
     number = {name: i for i, name in enumerate(classes)}
+    columns = [f"{'' if exit is None else f'exit{exit}_'}prob_{c}" for c in classes]
+    check_columns(part, ["image", "patient", "label", *columns])
+    if odd := sorted({str(label) for label in part["label"]} - set(number)):
+        raise BadInput(f"predictions of images of {few(odd)}, which the network does not know")
     named = part["patient"].where(part["patient"] != "", part["image"])
     said = None
     if teacher is not None:
@@ -89,11 +94,17 @@ def scores(
         said = by_image[part["image"]].map(number).to_numpy(dtype=np.int64)
     return Scores(
         part["label"].map(number).to_numpy(dtype=np.int64),
-        part[[f"{'' if exit is None else f'exit{exit}_'}prob_{c}" for c in classes]].to_numpy(dtype=np.float64),
+        part[columns].to_numpy(dtype=np.float64),
         named.to_numpy(dtype=str),
         said,
         None if positive is None else number[positive],
     )
+
+
+def check_columns(table: pd.DataFrame, needed: Sequence[str]) -> None:
+    """`BadInput` where a table of predictions lacks a column: it was not written with this ``run.json``."""
+    if missing := [name for name in needed if name not in table]:
+        raise BadInput(f"the predictions have no column {few(missing)}: they are of another network, or were edited")
 
 
 def exit_count(table: pd.DataFrame, classes: Sequence[str]) -> int:

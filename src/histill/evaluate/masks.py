@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from histill.data.images import Images
 from histill.data.packed import Packed
 from histill.errors import BadInput
+from histill.evaluate.finish import check_columns
 from histill.evaluate.metrics import Array
 from histill.evaluate.objects import match, object_formulas
 from histill.memory import fits_of
@@ -227,6 +228,7 @@ def scores(table: pd.DataFrame, classes: tuple[str, ...], split: str | None = No
     part = table if split is None else table[table["split"] == split]
     if not len(part):
         raise BadInput(f"no predictions of the {split} split")
+    check_columns(part, ["image", "patient", *(f"{what}_{c}" for what in ("tp", "fp", "fn") for c in classes)])
     counts = np.stack([part[[f"{what}_{c}" for what in ("tp", "fp", "fn")]].to_numpy() for c in classes], axis=1)
     named = part["patient"].where(part["patient"] != "", part["image"])
     objects = part[[f"objects_{n}" for n in OBJECTS]].to_numpy() if "objects_tp" in part else None
