@@ -194,6 +194,22 @@ def test_what_a_kill_left_half_written_is_not_taken_for_whole(folder: MakeFolder
     assert files(pack_folder) == [".lock", "index.json", "pixels.npy"]
 
 
+@pytest.mark.parametrize(
+    ("name", "bytes_"), [("pixels.npy", None), ("pixels.npy", b"short"), ("index.json", b"[]"), ("index.json", b"{}")]
+)
+def test_a_pack_that_was_damaged_is_named(folder: MakeFolder, tmp_path: Path, name: str, bytes_: bytes | None) -> None:
+    images = read_images(folder({"a": 2, "b": 2}))
+    pack(images, 16, folder=tmp_path / "packs")
+    (home,) = (tmp_path / "packs").iterdir()
+    (home / name).unlink()
+    if bytes_ is not None:
+        (home / name).write_bytes(bytes_)
+    with pytest.raises(BadInput, match=f"{home}.*it is made again"):
+        pack(images, 16, folder=tmp_path / "packs")
+    shutil.rmtree(home)
+    assert len(pack(images, 16, folder=tmp_path / "packs").pixels) == 4
+
+
 def test_an_interrupted_packing_leaves_nothing(
     folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

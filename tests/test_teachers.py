@@ -278,6 +278,29 @@ def test_without_a_folder_another_teacher_gets_another_cache(data: Images, tmp_p
         assert (teacher.images > 40) == (number < 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("logits.npy", lambda f: f.write_bytes(f.read_bytes()[:-8]), "made again"),  # NumPy would put zeros there
+        ("logits.npy", lambda f: np.save(f, np.zeros((2, 3, 2), np.float32)), "made again"),
+        ("logits.npy", lambda f: f.unlink(), "made again"),
+        ("known.npy", lambda f: f.write_bytes(f.read_bytes()[:-8]), "made again"),
+        ("known.npy", lambda f: f.write_bytes(b""), "made again"),
+        ("cache.json", lambda f: f.write_text("[1]"), "made again"),
+    ],
+    ids=["cut", "shape", "gone", "known cut", "known empty", "json"],
+)
+def test_a_damaged_cache_is_never_taken_for_answers(
+    data: Images, tmp_path: Path, name: str, damage: Any, said: str
+) -> None:
+    hs.train(everything(data, tmp_path / "cache"), tmp_path / "one")
+    damage(tmp_path / "cache" / name)
+    before = {f.name: f.read_bytes() for f in (tmp_path / "cache").iterdir()}
+    with pytest.raises(BadInput, match=said):
+        hs.train(everything(data, tmp_path / "cache"), tmp_path / "two")
+    assert {f.name: f.read_bytes() for f in (tmp_path / "cache").iterdir()} == before
+
+
 def test_its_size_is_said(data: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hs.train(everything(data, tmp_path / "cache"), tmp_path / "run")
     assert f"teacher's cache: 40 images x 2 views, 0.0 MB, in {tmp_path / 'cache'}" in capsys.readouterr().err

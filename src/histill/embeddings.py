@@ -297,11 +297,14 @@ def standardise(
     file = (folder or cache_dir("standards")) / f"{key[:24]}.npz"
     if not file.exists():
         found = _measure(teacher, _batches(packed, rows, find_device(device), batch_size), outputs, len(rows))
-        with atomic(file) as temporary, temporary.open("wb") as stream:
+        with atomic(file, durable=True) as temporary, temporary.open("wb") as stream:
             arrays: dict[str, Any] = {f"{name}.{i}": pair[i] for name, pair in found.items() for i in (0, 1)}
             np.savez(stream, **arrays)
-    with np.load(file, allow_pickle=False) as kept:
-        standards = {name: (kept[f"{name}.0"], kept[f"{name}.1"]) for name in outputs}
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            standards = {name: (kept[f"{name}.0"], kept[f"{name}.1"]) for name in outputs}
+    except Exception:  # noqa: BLE001 - zipfile, zlib and NumPy each have errors of their own
+        raise BadInput(f"{file} is damaged; remove it, it is made again") from None
     return Standardised(teacher, standards, key=key)
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from histill.data.mapped import mapped
 from histill.embeddings import Embeddings, Several, Standardised, bound, open_teacher, standardise
 from histill.errors import BadInput
 from histill.files import atomic, check_room, claim, digest, locked, read_json, write_json
@@ -187,6 +188,8 @@ class Cached:
         meta = {**self._meta, "outputs": list(self.outputs)}
         if path.exists():
             there = read_json(path)
+            if not isinstance(there, dict):
+                raise BadInput(f"{path}: not of a teacher's cache; remove {self.folder}, it is made again")
             if differing := sorted(k for k in {*there, *meta} if there.get(k) != meta.get(k)):
                 raise BadInput(
                     f"{self.folder} caches something else ({', '.join(differing)} differ); give another folder"
@@ -248,8 +251,18 @@ class Cached:
 
     def _open(self, name: str) -> NDArray[Any]:
         if name not in self._stores:
-            self._stores[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r+")
+            self._stores[name] = self._fitting(self.folder / f"{name}.npy")
         return self._stores[name]
+
+    def _fitting(self, path: Path) -> NDArray[Any]:
+        """What another run kept there of so many views of so many images."""
+        found = mapped(path, "r+")
+        if found.shape[:2] != self.shape or found.dtype != self.dtype:
+            raise BadInput(
+                f"{path} holds {found.shape} {found.dtype}, not {self.shape} {self.dtype}; remove {self.folder}, it is "
+                "made again"
+            )
+        return found
 
     def flush(self) -> None:
         """Put what was asked on disk: the values first, then the marks that they are there."""
@@ -274,7 +287,7 @@ def _shared(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[A
                 with atomic(path) as temporary:
                     np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=tuple(shape)).flush()
                     claim(temporary)
-    array: NDArray[Any] = np.load(path, mmap_mode="r+")
+    array = mapped(path, "r+")
     if array.shape != tuple(shape) or array.dtype != dtype:
         raise BadInput(f"{path} holds {array.shape} {array.dtype}, not {tuple(shape)} {dtype}; remove it")
     return array

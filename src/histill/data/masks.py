@@ -24,6 +24,7 @@ from histill.data.images import (
     images_below,
     of_each,
 )
+from histill.data.mapped import mapped
 from histill.errors import BadInput
 from histill.files import atomic, cache_dir, check_room, claim, digest, file_digest, locked, sweep
 
@@ -201,7 +202,7 @@ def pack_masks(images: Images, size: int, folder: Path | None = None) -> NDArray
                     for row, mask in enumerate(of_each(paths, partial(decode_mask, images=images), "packing masks")):
                         array[row] = _nearest(mask, size) if images.masks == "instances" else _commonest(mask, size)
                     array.flush()
-    packed: NDArray[np.uint16] = np.load(file, mmap_mode="r")
+    packed: NDArray[np.uint16] = mapped(file)
     return packed
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from histill.data.decode import decode, square
 from histill.data.images import Images, check_leaks, few, of_each
+from histill.data.mapped import mapped
 from histill.data.masks import UNKNOWN, pack_masks
 from histill.data.views import NONE, Augment, follow, render, twin_of
 from histill.errors import BadInput, Failed
@@ -103,7 +104,9 @@ def pack(images: Images, size: int, *, strict: bool = False, folder: Path | None
             if not (home / "index.json").exists():
                 _fill(images, size, home)
     index = read_json(home / "index.json")
-    pixels = np.load(home / "pixels.npy", mmap_mode="r")
+    pixels = mapped(home / "pixels.npy")
+    if not (isinstance(index, dict) and len(index.get("pixels", ())) == len(pixels) == len(images)):
+        raise BadInput(f"{home / 'index.json'} is not of {len(images)} images; remove {home}, it is made again")
     frame = images.frame.copy()
     frame["content"] = index["pixels"]
     bad = frame["content"] == ""
