@@ -139,12 +139,12 @@ def covered(make: World, names: Sequence[str], patients: int, repeats: int) -> I
         picks = np.random.default_rng(repeat).integers(len(a), size=(len(a), RESAMPLES))
         for name in names:
             (va, vb), (sa, sb) = np.split(values[name], 2), np.split(samples[name], 2)
+            units = _units([*a, *b], name)
             pairs = {
-                "figure": (first[name], va, sa, partial(_figure, name)),
-                "difference": (second[name] - first[name], vb - va, sb - sa, _difference),
+                "figure": (first[name], sa, _figure(name, va, sa, units)),
+                "difference": (second[name] - first[name], sb - sa, _difference(name, (va, sa), (vb, sb), units)),
             }
-            for what, (truth, value, sample, interval) in pairs.items():
-                figure = interval(value, sample, _units([*a, *b], name))
+            for what, (truth, sample, figure) in pairs.items():
                 if figure["low"] is None:
                     continue
                 drawn = np.take_along_axis(sample, picks, axis=0).mean(axis=0)

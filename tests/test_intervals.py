@@ -178,9 +178,11 @@ def test_a_network_gains_nothing_over_itself() -> None:
     gain = paired_gain(s, s, resamples=200)
     assert gain.pop("mcnemar_p") == 1
     assert set(gain) == set(metrics(s))
-    assert all(f == {"value": 0, "low": 0, "high": 0, "p": 1} for f in gain.values())
+    assert all((f["value"], f["p"]) == (0, 1) and f["low"] <= 0 <= f["high"] for f in gain.values())
+    assert gain["accuracy"]["high"] - gain["accuracy"]["low"] < 0.03  # what has not differed on 120 patients
     several = paired_gain([s, drawn(6)], [s, drawn(6)], resamples=200)
-    assert several["accuracy"] == {"value": 0, "low": 0, "high": 0, "p": 1, "seeds": [0, 0]}
+    assert (several["accuracy"]["value"], several["accuracy"]["p"]) == (0, 1)
+    assert several["accuracy"]["seeds"] == [0, 0]
     assert several["mcnemar_p_seeds"] == [1, 1]
 
 

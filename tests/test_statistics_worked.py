@@ -61,27 +61,81 @@ def test_mcnemar_in_agresti() -> None:
     assert (gain["high"] - gain["low"]) / 2 == pytest.approx(1.96 * 0.0095, rel=0.05)
 
 
-def test_a_difference_over_independent_units_is_the_paired_t_test() -> None:
+def square_and_add(
+    both: int, first: int, second: int, neither: int, z: float, phi: float | None = None
+) -> tuple[float, float]:
+    """Newcombe 1998 (Stat. Med. 17:2635), method 10 without its correction, from the four counts of a paired table."""
+    n = both + first + second + neither
+    a, b = (both + first) / n, (both + second) / n
+    (low_a, high_a), (low_b, high_b) = _wilson(a, n, z), _wilson(b, n, z)
+    if phi is None:
+        phi = (both * neither - first * second) / np.sqrt(n**4 * a * b * (1 - a) * (1 - b))
+    low = b - a - np.sqrt((b - low_b) ** 2 + (high_a - a) ** 2 - 2 * phi * (b - low_b) * (high_a - a))
+    return low, b - a + np.sqrt((high_b - b) ** 2 + (a - low_a) ** 2 - 2 * phi * (high_b - b) * (a - low_a))
+
+
+def test_square_and_add_in_fagerland() -> None:
+    # Fagerland et al. 2013, airway hyper-responsiveness: -0.507 to -0.026 (its corrected phi is 0 there).
+    assert square_and_add(1, 7, 1, 12, 1.959964, phi=0) == pytest.approx((-0.507, -0.026), abs=5e-4)
+
+
+def paired(counts: tuple[int, int, int, int]) -> dict[str, float]:
+    """The difference of two accuracies over as many independent images."""
+    a, b = (np.repeat(said, counts) for said in ([1, 1, 0, 0], [1, 0, 1, 0]))
+    draws = np.random.default_rng(0).multinomial(len(a), np.ones(len(a)) / len(a), size=20_000).T / len(a)
+    return _difference("accuracy", *((np.array([x.mean()]), (x @ draws)[None]) for x in (a, b)), len(a))
+
+
+@pytest.mark.parametrize("counts", [(150, 8, 20, 22), (185, 3, 9, 3), (90, 40, 30, 40)])
+def test_a_difference_of_two_shares_is_newcombes(counts: tuple[int, int, int, int]) -> None:
+    found, freedom = paired(counts), sum(counts) - 1
+    assert (found["low"], found["high"]) == pytest.approx(square_and_add(*counts, t.ppf(0.975, freedom)), abs=0.002)
+    ends = square_and_add(*counts, t.ppf(1 - found["p"] / 2, freedom))
+    assert ends[0 if found["value"] > 0 else 1] == pytest.approx(0, abs=0.001)  # p is where the interval ends at zero
+
+
+def test_a_difference_from_a_network_that_is_always_right() -> None:
+    # Wilson's alone: of 200 of 200 (with z), and of 191 of 200 (with t).
+    found, z = paired((191, 0, 9, 0)), 1.959964
+    low, high = _wilson(0.955, 200, t.ppf(0.975, 199))
+    assert found["low"] == pytest.approx(0.045 - np.hypot(1 - _wilson(1, 200, z)[0], high - 0.955), abs=0.002)
+    assert found["high"] == pytest.approx(0.045 + 0.955 - low, abs=0.002)
+
+
+def test_where_figures_lie_in_the_middle_a_difference_is_the_paired_t_test() -> None:
     from scipy.stats import ttest_rel
 
     rng = np.random.default_rng(0)
-    a, b = rng.random((2, 25))
-    draws = rng.multinomial(25, np.ones(25) / 25, size=40_000).T
-    found = _difference(np.array([(b - a).mean()]), ((b - a) @ draws / 25)[None], 25)
-    exact = ttest_rel(b, a)
-    assert found["p"] == pytest.approx(exact.pvalue, rel=0.05)
-    assert (found["low"], found["high"]) == pytest.approx(tuple(exact.confidence_interval()), abs=0.003)
+    a, b = rng.random((2, 400))
+    b = 0.5 * (a + b) + 0.02
+    draws = rng.multinomial(400, np.ones(400) / 400, size=20_000).T / 400
+    sides = (np.array([a.mean()]), (a @ draws)[None]), (np.array([b.mean()]), (b @ draws)[None])
+    found, exact = _difference("mdice", *sides, 400), ttest_rel(b, a)
+    assert found["p"] == pytest.approx(exact.pvalue, rel=0.1)
+    assert (found["low"], found["high"]) == pytest.approx(tuple(exact.confidence_interval()), abs=0.001)
+
+
+def test_two_that_are_both_right_of_everything_may_yet_differ() -> None:
+    still = np.array([1.0]), np.ones((1, 50))
+    found = _difference("accuracy", still, still, 20)
+    assert (found["low"], found["high"]) == pytest.approx((-0.1611, 0.1611), abs=5e-5)  # Newcombe's 0 of 20
+    assert (found["value"], found["p"]) == (0, 1)
 
 
 def test_seeds_of_one_test_set_by_hand() -> None:
     # 10, 20 and 30 points, which patients do not explain: mean 0.2, error 0.1 / sqrt(3), two degrees of freedom.
     values = np.array([0.1, 0.2, 0.3])
-    still = np.tile(values[:, None], 50)
-    found = _difference(values, still, 40)
+    nothing, some = ((v, np.tile(v[:, None], 50)) for v in (np.zeros(3), values))
+    found = _difference("ece", nothing, some, 40)
     assert (found["low"], found["high"]) == pytest.approx(
         (0.2 - 4.302653 * 0.057735, 0.2 + 4.302653 * 0.057735), abs=1e-6
     )
     assert found["p"] == pytest.approx(2 * t.sf(0.2 / 0.057735, 2), rel=1e-4)
+    # Of a share beside one that is 0.5 of everything, always: Wilson's, for 0.7 x 0.3 / 0.057735^2 = 63 patients.
+    half, more = ((v, np.tile(v[:, None], 50)) for v in (np.full(3, 0.5), values + 0.5))
+    found = _difference("accuracy", half, more, 40)
+    low, high = _wilson(0.7, 63, 4.302653)
+    assert (found["low"], found["high"]) == pytest.approx((low - 0.5, high - 0.5), abs=1e-5)
 
 
 def test_spread_that_the_patients_explain_is_counted_once() -> None:
