@@ -208,6 +208,30 @@ def test_an_onnx_file_reads_no_file_outside_its_folder(tmp_path: Path, place: st
     assert onnx.load(tmp_path / "in" / "m.onnx", load_external_data=False).graph.initializer  # it was a whole model
 
 
+@pytest.mark.parametrize(("size", "outputs"), [(8193, 3), (40_000, 3), (8, 3_000_000)])
+def test_an_onnx_file_of_any_size_without_a_card(tmp_path: Path, size: int, outputs: int) -> None:
+    repeats = helper.make_tensor("r", TensorProto.INT64, [2], [1, outputs // 3])
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["images"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("Tile", ["f", "r"], ["logits"]),
+    ]
+    taken = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 3, size, size])
+    given = helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "g", [taken], [given], [repeats])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    refused(lambda: open_model(tmp_path / "m.onnx"), "m.onnx")
+
+
+@pytest.mark.parametrize("classes", [["a", "a"], [str(n) for n in range(70_000)]], ids=["twice", "many"])
+def test_a_card_of_classes_that_cannot_be(classes: list[str]) -> None:
+    from histill.deploy.predictor import _read_card
+
+    with pytest.raises(BadInput, match="damaged"):
+        _read_card(json.dumps({"classes": classes, "image_size": 8, "mpp": None}), Path("m.onnx"))
+
+
 @pytest.mark.parametrize("size", [10**9, -1, True, "8", 1e3, None])
 def test_a_card_that_asks_for_any_size(size: Any) -> None:
     from histill.deploy.predictor import _read_card

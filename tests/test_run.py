@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import write_classes
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import SIZE, Tiny, bytes_of, experiment, no_page, table
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import histill as hs
 from histill.data import Images, pack
+from histill.deploy import TorchPredictor
 from histill.errors import BadInput
 from histill.experiment import load_file as load_code
 from histill.models import DSNet
@@ -175,6 +177,7 @@ def test_a_run_json_that_is_garbage_is_named(tmp_path: Path, text: str) -> None:
         {"network": {"function": "histill.models.dsnet:DSNet", "arguments": [1]}},
         {"network": {"function": "histill.models.dsnet:DSNet"}},
         {"classes": 3},
+        {"classes": ["benign", "benign"]},
         {"image_size": "large"},
         {"image_size": float("inf")},
         {"data": None},
@@ -306,6 +309,20 @@ def test_the_figures_of_a_run_are_those_that_it_holds(run: Run) -> None:
 def test_images_that_it_was_trained_on_are_counted(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     hs.evaluate(run, run.data.root)
     assert f"{len(run.data.rows('train'))} of these images are among those" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("classes", [["benign", "malignant", "third"], ["benign"]])
+def test_a_run_that_names_other_classes_than_its_network_tells_apart(
+    run: Run, tmp_path: Path, classes: list[str]
+) -> None:
+    odd = Run.open(altered(run, tmp_path / "run", lambda info: info | {"classes": classes}))
+    predictor = TorchPredictor(odd.network(), odd.classes, odd.image_size)
+    with pytest.raises(BadInput, match=rf"2 classes apart, its run names {len(classes)}"):
+        predictor(np.zeros((1, 3, odd.image_size, odd.image_size), np.float32))
+    if len(classes) > 2:
+        run.data.save(odd.path / "data.csv")
+        with pytest.raises(BadInput, match=r"2 classes apart, 3 are named"):
+            hs.evaluate(odd, write_classes(tmp_path / "elsewhere", {"benign": 2, "malignant": 2}, size=20))
 
 
 def test_a_run_is_judged_on_other_images(run: Run, tmp_path: Path) -> None:

@@ -169,6 +169,8 @@ def _check(info: dict[str, Any]) -> None:
     names = info["classes"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise TypeError("classes are not a list of names")
+    if len(set(names)) != len(names):
+        raise ValueError("a class is named twice")
     if type(info["image_size"]) is not int or not 0 < info["image_size"] <= _MOST_SIZE:
         raise ValueError(f"an image size of {info['image_size']!r:.50}")
     for name, kinds in (("status", str), ("select", str), ("positive", str | None)):

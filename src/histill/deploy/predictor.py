@@ -38,6 +38,8 @@ __all__ = [
 
 MOST_SIZE = 8192
 """Pixels of a side; a model file is tried with an image of the size that it names."""
+MOST_CLASSES = 1 << 16
+"""Of a model; more outputs are no classes."""
 Pixels = NDArray[np.float32]
 """``(B, 3, H, W)`` RGB in [0, 1]."""
 
@@ -98,7 +100,10 @@ class TorchPredictor:
         return logits
 
     def __call__(self, images: Pixels) -> Pixels:
-        return softmax(self.logits(images), axis=1)  # type: ignore[no-any-return]
+        logits = self.logits(images)
+        if logits.shape[1] != len(self.classes):
+            raise BadInput(f"the network tells {logits.shape[1]} classes apart, its run names {len(self.classes)}")
+        return softmax(logits, axis=1)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,8 @@ def open_model(path: str | Path, *, threads: int | None = None, image_size: int 
     if image_size and size and image_size != size:
         raise BadInput(f"{path} takes images of {size} pixels, not {image_size}")
     size = size or image_size
+    if size and size > MOST_SIZE:
+        raise BadInput(f"{path} takes images of {size:,} pixels a side; {MOST_SIZE:,} at most")
     if not size:
         raise BadInput(
             f"{path} does not say its image size; export it with histill export, or open it with image_size="
@@ -185,7 +192,7 @@ def open_model(path: str | Path, *, threads: int | None = None, image_size: int 
         shape = predictor.logits(np.zeros((1, 3, size, size), np.float32)).shape
     except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no base class
         raise BadInput(f"{path} does not take images of (1, 3, {size}, {size}): {one_line(error)}") from None
-    if not predictor.classes and len(shape) > 1:
+    if not predictor.classes and len(shape) > 1 and shape[1] <= MOST_CLASSES:
         predictor = replace(predictor, classes=tuple(f"class{index}" for index in range(shape[1])))
     if len(shape) not in (2, 4) or shape[:2] != (1, len(predictor.classes)):
         raise BadInput(f"{path} gives an output of shape {tuple(shape)}, not one logit for each of its classes")
@@ -253,7 +260,9 @@ def _read_card(text: str, path: Path) -> dict[str, Any]:
         classes, size, mpp, temperature = card["classes"], card["image_size"], card["mpp"], card.get("temperature")
         sound = (
             bool(classes)
+            and len(classes) <= MOST_CLASSES
             and all(isinstance(name, str) for name in classes)
+            and len(set(classes)) == len(classes)
             and type(size) is int
             and 0 < size <= MOST_SIZE
             and all(x is None or (type(x) in (int, float) and 0 < x < np.inf) for x in (mpp, temperature))

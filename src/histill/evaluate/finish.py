@@ -56,6 +56,8 @@ def predictions(
     table: dict[str, Any] = {"image": frame["path"].tolist(), "patient": frame["patient"].tolist()}
     table |= {"split": frame["split"].tolist(), "label": frame["label"].tolist()}
     probabilities = {n: softmax(z, axis=1) for n, z in (said or {"logits": np.empty((0, len(classes)))}).items()}
+    if (told := probabilities["logits"].shape[1]) != len(classes):
+        raise BadInput(f"the network tells {told} classes apart, {len(classes)} are named: {few(classes)}")
     table["prediction"] = [classes[i] for i in probabilities["logits"].argmax(1)]
     for name, p in probabilities.items():
         prefix = "prob_" if name == "logits" else f"{name}_prob_"
