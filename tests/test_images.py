@@ -182,6 +182,8 @@ def test_bad_folders_are_refused(tmp_path: Path, folder: MakeFolder) -> None:
     (root / "c").mkdir()
     refused(root, "c: empty class folder")
     refused(folder({"only": 3}, name="one"), "one class only (only)")
+    (tmp_path / "one" / "manifest.csv").write_text("path,label\n")
+    refused(tmp_path / "one", "one class only (only)", f"give {tmp_path / 'one' / 'manifest.csv'}")
     (tmp_path / "splits" / "train").mkdir(parents=True)
     refused(tmp_path / "splits", "no class folders under train")
     refused(folder({"train/a": 1, "train/b": 1, "test/a": 1, "test/c": 1}, name="unseen"), "no training image has: c")

@@ -197,7 +197,9 @@ def read_images(source: str | Path, *, patient: str | None = None) -> Images:
         notices.append(f"{len(copies)} files are copies of one another within a split: {few(copies['path'])}")
     classes = tuple(sorted(frame["label"].unique()))
     if len(classes) < 2:
-        raise BadInput(f"{source}: one class only ({few(classes)}); a classifier needs two or more")
+        tables = sorted(source.glob("*.csv")) if source.is_dir() else []
+        remedy = f"; there is a table beside it: give {tables[0]}" if tables else ""
+        raise BadInput(f"{source}: one class only ({few(classes)}); a classifier needs two or more{remedy}")
     images = Images(frame[list(COLUMNS)].reset_index(drop=True), root, classes, tuple(notices))
     check_leaks(images)
     return images
