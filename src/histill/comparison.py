@@ -48,8 +48,8 @@ class Comparison:
             lines.append(f"\n{name} minus {first}, paired{p}")
             lines += [f"  {metric.replace('_', ' '):20}{shown_gain(metric, gain[metric])}" for metric in shown_here]
             if (test := self.summary["delong"].get(name)) and test["p"] is not None:
-                low, high = (f"{test[key]:+.3f}" for key in ("low", "high"))
-                lines.append(f"  {'AUROC, DeLong':20}{test['difference']:+.3f} ({low} to {high}), p = {test['p']:.3g}")
+                value, low, high = (f"{test[key]:+.3f}".replace("-", "−") for key in ("difference", "low", "high"))
+                lines.append(f"  {'AUROC, DeLong':20}{value} ({low} to {high}), p = {test['p']:.3g}")
         each = {
             f"{name}: {metric.replace('_', ' ')}": g[metric]["p"] for name, g in gains.items() for metric in shown_here
         }
