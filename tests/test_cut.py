@@ -203,6 +203,14 @@ def test_a_mask_with_too_many_values_or_two_slides_of_one_name(folder: Path) -> 
         cut_slides([folder / "slides", folder / "more"], folder / "out", **SMALL)
 
 
+def test_a_manifest_of_somebody_else_s_is_not_written_over(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.csv").write_text("path,label\n")
+    with pytest.raises(BadInput, match=r"has a manifest\.csv that is not of patches"):
+        cut_slides([folder / "slides"], tmp_path / "mine", preset="pretrain")
+    assert (tmp_path / "mine" / "manifest.csv").read_text() == "path,label\n"
+
+
 def test_no_patch_at_all_says_what_left_them_out(folder: Path) -> None:
     with pytest.raises(Failed, match=r"no patch was kept; left out: .*below 1000 kB"):
         cut_slides([folder / "slides"], folder / "out", masks=folder / "masks", **(SMALL | {"min_kb": 1000.0}))

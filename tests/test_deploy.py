@@ -480,6 +480,19 @@ def test_a_folder_is_predicted_in_order_and_past_unreadable_images(network: Tiny
     assert done == [3, 3, 1]
 
 
+def test_an_answer_that_is_not_a_number_is_none(network: Tiny) -> None:
+    pixels = images(3)
+
+    def odd(batch: Any) -> Any:
+        said = TorchPredictor(network, CLASSES, SIZE)(batch)
+        said[np.arange(len(batch)) == 1] = np.nan
+        return said
+
+    found = list(predict_folder(odd, [Path(f"{n}.png") for n in range(3)], lambda path: pixels[int(path.stem)]))  # type: ignore[arg-type]
+    assert [each.error for each in found] == ["", "1.png: the model's answer is not a number", ""]
+    assert [each.probabilities is None for each in found] == [False, True, False]
+
+
 def test_predicting_reads_no_further_ahead_than_a_batch(network: Tiny) -> None:
     seen: list[Path] = []
 

@@ -48,6 +48,16 @@ def exported(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     }
 
 
+def test_the_list_of_images_is_not_written_over(tmp_path: Path) -> None:
+    listed = tmp_path / "images.csv"
+    listed.write_text("path\na.png\n")
+    (tmp_path / "other.csv").symlink_to(listed)
+    for out in (listed, tmp_path / "other.csv"):
+        with pytest.raises(BadInput, match="give another file"):
+            hs.predict(tmp_path / "model.onnx", listed, out)
+    assert listed.read_text() == "path\na.png\n"
+
+
 def test_an_export_is_checked_against_its_run(run: Run, exported: dict[str, Any]) -> None:
     test = run.predictions.query("split == 'test'")
     accuracy = (test["prediction"] == test["label"]).mean()

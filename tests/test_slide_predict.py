@@ -184,6 +184,21 @@ def test_one_bad_slide_stops_no_other(model: Path, small: Path, tmp_path: Path) 
         predict_slides(model, [small, tmp_path / "one.tif"], tmp_path / "out")
 
 
+class Odd(Purple):
+    """Purple tissue has no number."""
+
+    def forward(self, images: torch.Tensor) -> Outputs:
+        logits = super().forward(images)["logits"]
+        return Outputs(logits=torch.where(logits.argmax(1, keepdim=True) > 0, torch.nan, logits))
+
+
+def test_tiles_without_an_answer_are_no_class(small: Path, tmp_path: Path) -> None:
+    odd = slides_tiny.model(tmp_path / "odd.pt", Odd())
+    with pytest.raises(Failed, match=r"odd\.pt answers \d+ of \d+ tiles with what is not a number"):
+        predict_slide(odd, small, tmp_path / "out")
+    assert not (tmp_path / "out" / "one" / "slide.json").exists()
+
+
 def test_a_slide_without_tissue_has_files_all_the_same(model: Path, tmp_path: Path) -> None:
     import tifffile
 

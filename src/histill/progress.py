@@ -54,9 +54,9 @@ class Bar:
     """Counts what was done; `advance` is cheap enough to call for every batch."""
 
     def __init__(self, what: str, total: int, unit: str, done: int, bar: Progress | None) -> None:
-        self.what, self.total, self.unit = printable(what), total, unit
+        self.what, self.total, self.unit = what, total, unit
         self._bar = bar
-        self._task = bar.add_task(self.what, total=total, completed=done, unit=unit) if bar else None
+        self._task = bar.add_task(printable(what), total=total, completed=done, unit=unit) if bar else None
         self._before = self._done = done
         self._start = self._said = time.monotonic()
 
@@ -64,7 +64,7 @@ class Bar:
         """Say that ``count`` more are done; ``note`` stands beside the name."""
         self._done += count
         if self._bar and self._task is not None:
-            self._bar.update(self._task, advance=count, description=f"{self.what} {printable(note)}".rstrip())
+            self._bar.update(self._task, advance=count, description=printable(f"{self.what} {note}".rstrip()))
         elif (now := time.monotonic()) - self._said > _EVERY_S:
             self._said = now
             rate = (self._done - self._before) / (now - self._start)

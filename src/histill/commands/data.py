@@ -157,6 +157,8 @@ def phantom(
     from histill.data import phantom as draw
 
     if slide:
+        if out.exists():
+            raise BadInput(f"{out} is there already; give another name")
         show(draw.write_slide(out, seed=seed))
         return
     chosen = tuple(kinds) if kinds else ("benign", "malignant")

@@ -325,6 +325,9 @@ def predict_folder(
                     yield Prediction(path, None, one_line(image))
                 else:
                     probabilities, exit = next(rows)
+                    if np.isnan(probabilities).any():  # of which the first class would be called the likeliest
+                        yield Prediction(path, None, f"{path}: the model's answer is not a number")
+                        continue
                     yield Prediction(path, probabilities, exit=exit)
             progress(len(chunk))
 

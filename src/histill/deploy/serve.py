@@ -67,6 +67,8 @@ def predict(
     out = None if out is None else Path(out)
     if out is not None and out.suffix not in (".csv", ".parquet"):
         raise BadInput(f"--out {out}: end it in .csv or .parquet")
+    if out is not None and out.exists() and Path(images).is_file() and out.samefile(images):
+        raise BadInput(f"--out {out} is the list of the images itself; give another file")
     root, paths = _listed(Path(images))
     predictor = open_any(model, device=device, code=code)
     dimensions = predictor.logits(_one(predictor.image_size)).ndim if predictor.classes else 0

@@ -172,6 +172,8 @@ def cut_slides(
         if begun.exists():
             if read_json(begun) != how:
                 raise BadInput(f"{out} holds patches cut with other arguments; give another --out or the same ones")
+        elif (out / "manifest.csv").exists():
+            raise BadInput(f"{out} has a manifest.csv that is not of patches cut here; give another --out")
         else:
             write_json(begun, how)
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:

@@ -16,7 +16,7 @@ from scipy.special import softmax
 
 from histill.deploy.deliver import open_any
 from histill.deploy.predictor import Leaving, Pixels, Predictor, TorchPredictor
-from histill.errors import BadInput
+from histill.errors import BadInput, Failed
 from histill.files import digest, file_digest
 from histill.machine import computes_bf16
 from histill.memory import Fits
@@ -79,9 +79,12 @@ class Model:
 
         Raises:
             BadInput: features of what is no run, or of a network without them.
-            Failed: memory does not hold a single image.
+            Failed: memory does not hold a single image, or an answer is not a number.
         """
-        return _joined(self.fits(partial(self._look, features=features), images))
+        found = _joined(self.fits(partial(self._look, features=features), images))
+        if lost := int(np.isnan(found["probabilities"]).reshape(len(images), -1).any(axis=1).sum()):
+            raise Failed(f"{self.name} answers {lost} of {len(images)} tiles with what is not a number")
+        return found
 
     def _look(self, images: Pixels, *, features: bool) -> dict[str, NDArray[Any]]:
         if isinstance(self.predictor, Leaving) and not features:
