@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -279,7 +280,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, data: Images) -> None:
     run = hs.train(experiment(data), tmp_path / "run", keep_checkpoint=True)
     undone(run.path)
     whole = (run.path / "checkpoint.pt").read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2], b"cos\nsystem\n(S'true'\ntR."):
+    other = io.BytesIO()
+    torch.save([1], other)
+    for damaged in (b"", whole[: len(whole) // 2], other.getvalue(), b"cos\nsystem\n(S'true'\ntR."):
         (run.path / "checkpoint.pt").write_bytes(damaged)
         with pytest.raises(BadInput, match=r"checkpoint.pt is damaged; remove it to start again"):
             hs.train(experiment(data), run.path, resume=True)

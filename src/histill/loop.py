@@ -232,7 +232,7 @@ def _load(checkpoint: Path, device: torch.device) -> dict[str, Any] | None:
         return None
     try:
         return dict(torch.load(checkpoint, map_location=device, weights_only=True))
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError):
         raise BadInput(f"{checkpoint} is damaged; remove it to start again") from None
 
 
