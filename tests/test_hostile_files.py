@@ -129,6 +129,12 @@ def test_postscript_called_png_is_not_run(tmp_path: Path) -> None:
     refused(lambda: decode(tmp_path / "a.png"), "not an image of a known kind")
 
 
+def test_a_pipe_called_png_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(BadInput, match="a pipe"):
+        decode(tmp_path / "a.png")
+
+
 def test_a_phone_s_picture_of_two_is_its_first(tmp_path: Path) -> None:
     first, second = Image.fromarray(picture(40, 40)), Image.fromarray(picture(40, 40, 1))
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])

@@ -194,6 +194,18 @@ def test_a_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch, v
 BAD = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 
 
+def test_outlines_that_are_gone_or_of_gigabytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_results(tmp_path)
+    file = root / "student/case/lesions.geojson"
+    with serving(Library(root / "student")) as viewer:
+        file.unlink()
+        assert ask(viewer, "/slides/case/lesions.geojson").status == 404
+    with file.open("wb") as sparse:
+        sparse.truncate(1 << 30)
+    assert Library(root / "student").entries["case"].lesions is None
+    assert "lesions.geojson has more than 256 MB" in capsys.readouterr().err
+
+
 def test_names_are_text_on_every_page(viewer: Viewer, tmp_path: Path) -> None:
     name = BAD.replace("/", "_")
     slide = tmp_path / f"{name}.png"

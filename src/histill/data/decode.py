@@ -40,6 +40,8 @@ def decode(path: Path) -> tuple[Image.Image, str]:
         BadInput: the file is missing, damaged, no image or larger than `MAX_PIXELS`; one line with the path.
         OSError: the file cannot be read just now, whatever is in it.
     """
+    if path.is_fifo():
+        raise BadInput(f"{path}: a pipe, not a file")  # reading would wait for ever
     try:
         with (
             path.open("rb") as file,

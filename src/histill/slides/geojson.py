@@ -29,7 +29,19 @@ from histill.progress import notice
 if TYPE_CHECKING:
     from shapely import MultiPolygon, Polygon
 
-__all__ = ["FEW", "LARGE", "Box", "Color", "Feature", "Kind", "Shape", "mend", "read_geojson", "write_geojson"]
+__all__ = [
+    "FEW",
+    "LARGE",
+    "MOST_BYTES",
+    "Box",
+    "Color",
+    "Feature",
+    "Kind",
+    "Shape",
+    "mend",
+    "read_geojson",
+    "write_geojson",
+]
 
 Box: TypeAlias = tuple[float, float, float, float]
 """``x, y, width, height`` in level-0 pixels."""
@@ -43,7 +55,7 @@ LARGE = 20_000
 """More features than this are gzipped, which QuPath reads as well."""
 
 _DECIMALS = 2
-_MOST_BYTES = 256 << 20  # unpacked; the objects that JSON becomes take up to twenty times as much
+MOST_BYTES = 256 << 20  # unpacked; the objects that JSON becomes take up to twenty times as much
 _MOST_MENDED = 200_000  # points
 _MOST_CROSSINGS = 100_000  # of a file's outlines with themselves; they can grow with the square of the points
 _MOST_TEXT = 1000  # characters of a class or a name
@@ -277,8 +289,8 @@ def _load(path: Path) -> Any:
             with gzip.GzipFile(fileobj=raw) if zipped else raw as file:
                 while block := file.read(1 << 20):  # in pieces, or Python sets aside as much as is asked for
                     data += block
-                    if len(data) > _MOST_BYTES:
-                        raise BadInput(f"{path} holds more than {_MOST_BYTES >> 20} MB; split it")
+                    if len(data) > MOST_BYTES:
+                        raise BadInput(f"{path} holds more than {MOST_BYTES >> 20} MB; split it")
         return parse_json(data)
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist") from None

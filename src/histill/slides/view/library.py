@@ -17,6 +17,7 @@ from histill.errors import BadInput, HistillError, require
 from histill.files import read_json
 from histill.progress import notice, progress
 from histill.slides import Slide, open_slide
+from histill.slides.geojson import MOST_BYTES
 from histill.slides.slide import MAX_MPP
 from histill.slides.view.geometry import DeepZoom
 from histill.slides.view.heat import Channel, Difference, Heat, HeatFile, Label
@@ -218,6 +219,9 @@ def _entry(name: str, place: Path, root: Path, other: Path | None, against: Path
             layers |= {AGAINST + label: layer for label, layer in _classes(theirs, theirs_said, title).items()}
             layers |= _disagreement(mine, said, theirs, theirs_said, f"{root.resolve().name} against {title}")
     lesions = next((p for p in (place / "lesions.geojson", place / "lesions.geojson.gz") if _inside(p, root)), None)
+    if lesions is not None and lesions.stat().st_size > MOST_BYTES:
+        notice(f"left out: {lesions} has more than {MOST_BYTES >> 20} MB")
+        lesions = None
     if lesions is not None:
         files.append(lesions)
     return Entry(

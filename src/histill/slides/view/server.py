@@ -388,7 +388,10 @@ class _Handler(RequestHandler):
             return
         if entry.lesions.suffix == ".gz":
             self.set_header("Content-Encoding", "gzip")
-        self.write(entry.lesions.read_bytes())
+        try:
+            self.write(entry.lesions.read_bytes())
+        except FileNotFoundError:
+            raise HTTPError(404) from None
 
     def _static(self, name: str) -> None:
         if name not in self.viewer.static:
