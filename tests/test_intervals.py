@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from histill.errors import BadInput
+from histill.evaluate.delong import delong
 from histill.evaluate.intervals import (
     figures_over_seeds,
     figures_with_intervals,
@@ -107,6 +108,17 @@ def test_an_auroc_knows_no_more_than_the_fewer_of_both_kinds() -> None:
     assert paired_gain(one, better, resamples=200)["auroc"]["p"] is None
     for rows in (per_class_table(better, resamples=200), per_class_table(one, resamples=200)):
         assert rows[0]["auroc"] == pytest.approx(rows[1]["auroc"])  # of two classes it is one figure
+
+
+def test_delong_is_sure_of_nothing_where_nothing_varies() -> None:
+    labels = np.array([1] * 7 + [0] * 3)
+    same, right = (Scores(labels, np.stack([1 - p, p], 1), np.arange(10)) for p in (np.full(10, 0.5), labels * 0.9))
+    found = delong(same, right)
+    assert (found.a, found.b, found.difference) == (0.5, 1.0, 0.5)
+    assert np.isnan([found.error, found.low, found.high, found.p]).all()
+    assert delong(right, right).p == 1
+    alone = Scores(labels, same.probabilities, np.zeros(10))
+    assert delong(alone, alone).p == 1
 
 
 def test_an_iou_of_one_patient_s_class_has_no_interval() -> None:

@@ -19,12 +19,14 @@ from histill.evaluate.metrics import Array, Scores
 
 __all__ = ["Delong", "delong"]
 
+_NOTHING = 1e-12  # rounding
+
 
 @dataclass(frozen=True)
 class Delong:
     """The AUROCs ``a`` and ``b``, ``b`` minus ``a``, its standard error, 95 % interval and two-sided p.
 
-    `error` and `p` are nan where the units are too few, and `p` is 1 where nothing differs.
+    `error` and `p` are nan where the units are too few or do not vary, and `p` is 1 where nothing differs.
     """
 
     a: float
@@ -64,8 +66,11 @@ def delong(a: Scores, b: Scores, *, target: int | None = None) -> Delong:
     areas = [float(won[positive].mean()) for won in parts]
     difference = areas[1] - areas[0]
     error = _error(parts[1] - parts[0], difference, positive, a.unit_rows)
+    differ = abs(difference) > _NOTHING
+    if differ and not error > _NOTHING:
+        error = float("nan")  # nothing varies, as where one says the same of all images: nothing tells of others
     z = float(norm.ppf(0.975))
-    p = float(2 * norm.sf(abs(difference) / error)) if error > 0 else 1.0 if difference == 0 else float("nan")
+    p = float(2 * norm.sf(abs(difference) / error)) if differ else 1.0
     return Delong(areas[0], areas[1], difference, error, difference - z * error, difference + z * error, p)
 
 
