@@ -128,6 +128,7 @@ def test_an_onnx_file_has_the_stated_input_output_and_opset(exported: Path) -> N
     (entry,), (result,) = model.graph.input, model.graph.output
     assert (entry.name, result.name) == ("images", "logits")
     assert [d.dim_value for d in entry.type.tensor_type.shape.dim] == [0, 3, SIZE, SIZE]
+    assert {value.type.tensor_type.shape.dim[0].dim_param for value in (entry, result)} == {"batch"}
     assert [opset.version for opset in model.opset_import if not opset.domain] == [18]
     assert json.loads({p.key: p.value for p in model.metadata_props}["histill"])["run"] == "r1"
 

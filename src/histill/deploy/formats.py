@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -126,9 +127,13 @@ def write_onnx(
     assert program is not None
     model = program.model_proto
     # The exporter notes the source line of every operator, with this machine's paths.
-    for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
+    values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
+    for part in (*model.graph.node, *values):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
+    images = re.escape(model.graph.input[0].type.tensor_type.shape.dim[0].dim_param)  # a name like s19
+    for dim in (dim for value in values for dim in value.type.tensor_type.shape.dim if dim.dim_param):
+        dim.dim_param = re.sub(rf"\b{images}\b", "batch", dim.dim_param)
     model.metadata_props.add(key="histill", value=card)
     with atomic(Path(path), tidy=True) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
