@@ -110,6 +110,17 @@ def test_an_auroc_knows_no_more_than_the_fewer_of_both_kinds() -> None:
         assert rows[0]["auroc"] == pytest.approx(rows[1]["auroc"])  # of two classes it is one figure
 
 
+def test_patients_who_are_all_alike_are_as_many_as_they_are() -> None:
+    # Two patients, of whose three images two are right: no draw differs from another, and two patients know little.
+    labels, right = np.tile([0, 1, 0], 2), np.tile([1, 1, 0], 2)
+    p = np.where(labels == right, 0.8, 0.2)[:, None] * np.eye(2)[labels]
+    p += (1 - p.sum(axis=1, keepdims=True)) * np.eye(2)[1 - labels]
+    got = figures_with_intervals(Scores(labels, p, np.arange(6) // 3), resamples=200)["accuracy"]
+    z2, v = 1.959964**2, got["value"]
+    middle, half = v + z2 / 4, np.sqrt(z2 * (v * (1 - v) / 2 + z2 / 16))  # Wilson of two
+    assert (got["low"], got["high"]) == pytest.approx(((middle - half) / (1 + z2 / 2), (middle + half) / (1 + z2 / 2)))
+
+
 def test_delong_is_sure_of_nothing_where_nothing_varies() -> None:
     labels = np.array([1] * 7 + [0] * 3)
     same, right = (Scores(labels, np.stack([1 - p, p], 1), np.arange(10)) for p in (np.full(10, 0.5), labels * 0.9))

@@ -6,8 +6,8 @@ draws is the standard error (times sqrt(n / (n - 1)), as n drawn of n vary too l
 figure is defined (a draw can lack a class). From it, with Student's t for the units that the figure is over:
 
 - a share has Wilson's interval for as many independent units as would vary as much: v (1 - v) / se^2 (Korn and
-  Graubard 1998 do the same for Clopper and Pearson's). Where nothing at all was wrong nothing varies, and there are
-  as many as there are units (and likewise at 0 %).
+  Graubard 1998 do the same for Clopper and Pearson's). Where nothing varies, as where nothing at all was wrong,
+  there are as many as there are units.
 - an AUROC is v +- t se on the logit scale.
 - a difference b - a has the interval that those of a and b make (Zou and Donner 2008; of two shares Newcombe's method
   10, 1998). Below, it reaches sqrt((b - low_b)^2 + (high_a - a)^2 - 2 r (b - low_b) (high_a - a)), above likewise, and
@@ -258,10 +258,8 @@ def _ends(name: str, value: float, spread: tuple[float, float, Array], units: in
         # Each bin's gap and its noise add as squares do, and a draw adds the noise once more.
         middle = float(np.sqrt(max(0.0, 2 * value**2 - draws.mean() ** 2)))
         return max(0.0, min(value, middle - t * error)), min(1.0, max(value, middle + t * error))
-    if value in (0, 1):
+    if value in (0, 1) or not error > _NOTHING:
         return _wilson(value, units, float(norm.ppf((1 + level) / 2)))
-    if not error > _NOTHING:
-        return float(value), float(value)
     if name == "auroc":
         half = t * error / (value * (1 - value))
         return float(expit(logit(value) - half)), float(expit(logit(value) + half))
