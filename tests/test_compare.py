@@ -110,6 +110,13 @@ def test_images_of_the_same_names_are_not_the_same_images(runs: list[Run], data:
         hs.compare(runs[0], run)
 
 
+def test_it_prints_where_a_test_has_no_answer(runs: list[Run]) -> None:
+    found = hs.compare(runs[0], runs[0].path)
+    name = next(iter(found.summary["gain"]))
+    found.summary["delong"][name] |= {"error": None, "low": None, "high": None, "p": 1.0}  # of one patient of a kind
+    assert "DeLong" not in str(found)
+
+
 @pytest.mark.parametrize(
     ("edit", "said"),
     [

@@ -158,6 +158,22 @@ def test_wrong_exports_are_refused(run: Run, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("model.safetensors", "onnx"),
+        ("run.json", "onnx"),
+        ("data.csv", "torchscript"),
+        ("checkpoint.pt", "torchscript"),
+    ],
+)
+def test_an_export_writes_over_no_file_of_the_run(run: Run, name: str, format: Any) -> None:
+    before = bytes_of(run.path)
+    with pytest.raises(BadInput, match=f"--out .*{name}"):
+        hs.export(run, run.path / name, format=format)
+    assert bytes_of(run.path) == before
+
+
 def test_qupath_gets_its_folder(run: Run, exported: dict[str, Any]) -> None:
     folder = Path(exported["qupath"]["path"])
     assert set(bytes_of(folder)) == {"torchscript_model.pt", "config.json", "model_card.md"}

@@ -47,7 +47,7 @@ class Comparison:
             p = f": McNemar p = {gain['mcnemar_p']:.3g}" if "mcnemar_p" in gain else ""
             lines.append(f"\n{name} minus {first}, paired{p}")
             lines += [f"  {metric.replace('_', ' '):20}{shown_gain(metric, gain[metric])}" for metric in shown_here]
-            if (test := self.summary["delong"].get(name)) and test["p"] is not None:
+            if (test := self.summary["delong"].get(name)) and None not in test.values():
                 value, low, high = (f"{test[key]:+.3f}".replace("-", "−") for key in ("difference", "low", "high"))
                 lines.append(f"  {'AUROC, DeLong':20}{value} ({low} to {high}), p = {test['p']:.3g}")
         each = {

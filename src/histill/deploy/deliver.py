@@ -105,6 +105,11 @@ def export(
         return Exported(exits)
     names = {"onnx": "model.onnx", "openvino": "model.xml", "torchscript": "model.pt", "qupath": "qupath"}
     path = Path(out) if out is not None else run.path / names[format]
+    endings = {"onnx": (".onnx",), "openvino": (".xml",), "torchscript": (".pt", ".torchscript")}.get(format)
+    if endings and path.suffix not in endings:  # before anything is written over
+        raise BadInput(f"--out {path}: of --format {format} it ends in {' or '.join(endings)}")
+    if path.resolve() == (run.path / "checkpoint.pt").resolve():
+        raise BadInput(f"--out {path} is the run's own checkpoint; give another name")
     network = run.network()
     kind: dict[str, Any] = {"image_size": run.image_size, "classes": run.classes, "mpp": mpp}
     val = _images(run, "val", _CHECKED)
