@@ -82,6 +82,17 @@ def test_the_cache_is_where_it_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     assert cache_dir("a") == tmp_path / "home" / ".cache" / "histill" / "a"
 
 
+def test_a_user_without_a_home_is_told_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does of a user whom nobody knows
+    monkeypatch.delenv("HISTILL_CACHE", raising=False)
+    with pytest.raises(RuntimeError, match="home"):  # the trap
+        Path.home()
+    with pytest.raises(BadInput, match="set HISTILL_CACHE"):
+        cache_dir("packed")
+    monkeypatch.setenv("HISTILL_CACHE", str(tmp_path))
+    assert cache_dir("packed") == tmp_path / "packed"
+
+
 def test_sweep_takes_what_a_kill_left_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     for name in ("x.txt", ".x.txt.12345678.tmp", ".keep", "figures/.y.png.12345678.tmp", "figures/y.png"):

@@ -210,7 +210,12 @@ def cache_dir(*parts: str) -> Path:
 
 
 def _cache_root() -> Path:
-    return Path(os.environ.get("HISTILL_CACHE") or Path.home() / ".cache" / "histill")
+    if told := os.environ.get("HISTILL_CACHE"):
+        return Path(told)
+    try:
+        return Path.home() / ".cache" / "histill"
+    except RuntimeError:  # a container's user without a name
+        raise BadInput("this user has no home folder to keep what can be made again; set HISTILL_CACHE") from None
 
 
 def sweep(folder: Path) -> None:
