@@ -185,7 +185,7 @@ def imagenet(name: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def hub(what: str, *, remedy: str = "give --weights FILE or --weights none") -> Iterator[None]:
+def hub(what: str, *, remedy: str = "give --weights FILE or --weights none (a teacher: NAME=FILE)") -> Iterator[None]:
     """Let timm fetch ``what``: from the hub where it can be reached, from its local cache where it cannot.
 
     The hub's client retries for minutes where there is no network, so one short request is tried first.
