@@ -184,6 +184,35 @@ def test_one_bad_slide_stops_no_other(model: Path, small: Path, tmp_path: Path) 
         predict_slides(model, [small, tmp_path / "one.tif"], tmp_path / "out")
 
 
+def test_a_slide_is_done_once_its_files_are_on_the_disk(
+    small: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    sync, replace, before = os.fsync, os.replace, set[int]()
+
+    def noted(held: int) -> None:
+        synced.add(os.fstat(held).st_ino)
+        sync(held)
+
+    def renamed(source: Any, target: Any) -> None:
+        if Path(target).name == "slide.json":
+            before.update(synced)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", renamed)
+    said = predict_slide(model, small, tmp_path)
+    there = {name: tmp_path / "one" / name for name in said["layers"].values()}
+    assert [name for name, path in there.items() if path.stat().st_ino not in before] == []
+    whole = there["tiles.parquet"].read_bytes()
+    there["tiles.parquet"].write_bytes(b"")  # as a disk that lost power may leave it
+    predict_slide(model, small, tmp_path)
+    assert there["tiles.parquet"].read_bytes() == whole
+    (tmp_path / "one" / "slide.json").write_text("[]")
+    with pytest.raises(BadInput, match="what no histill slide wrote"):
+        predict_slide(model, small, tmp_path)
+
+
 class Odd(Purple):
     """Purple tissue has no number."""
 

@@ -31,6 +31,7 @@ __all__ = [
     "parse_json",
     "read_json",
     "sweep",
+    "to_disk",
     "write_json",
     "write_text",
     "writing",
@@ -66,10 +67,10 @@ def atomic(path: Path, *, durable: bool = False, tidy: bool = False) -> Iterator
                         left.unlink()
         yield temporary
         if durable:
-            _to_disk(temporary)
+            to_disk(temporary)
         os.replace(temporary, path)
         if durable:
-            _to_disk(path.parent)
+            to_disk(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) or error from None
     finally:
@@ -91,7 +92,8 @@ def writing(path: Path) -> Iterator[Path]:
         raise _cannot_write(path, OSError(number, why)) or error from None
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     held = os.open(path, os.O_RDONLY)
     try:
         os.fsync(held)

@@ -468,7 +468,7 @@ def _finish(
 
     def judge(file: str) -> None:
         said = task.ask(judged, packed, rows_judged, device=fabric.device)
-        with atomic(out / file) as temporary:
+        with atomic(out / file, durable=True) as temporary:
             task.predictions(packed.images, rows_judged, said).to_parquet(temporary, index=False)
 
     if experiment.select != "last":

@@ -108,7 +108,7 @@ class Images:
 
     def save(self, path: Path) -> None:
         """Write the table as a manifest beside its root (`Images.load` reads it)."""
-        with atomic(path) as temporary:
+        with atomic(path, durable=True) as temporary:
             header = {"root": str(self.root.resolve()), "classes": self.classes, "masks": self.masks}
             text = (
                 f"# {json.dumps(header, ensure_ascii=False)}\n{self.frame.to_csv(index=False, quoting=csv.QUOTE_ALL)}"

@@ -17,7 +17,7 @@ from PIL import Image
 
 from histill.deploy.predictor import Predictor
 from histill.errors import BadInput
-from histill.files import atomic, write_json
+from histill.files import atomic, to_disk, write_json
 from histill.progress import notice
 from histill.record import versions
 from histill.slides.case import Case, exits_of, write_case
@@ -210,6 +210,8 @@ def write_results(found: Found, timing: dict[str, dict[str, float]]) -> dict[str
         said["agreement"] = judged
     if segmented is not None:
         said["segmentation"] = segmented.summary()
+    for name in layers.values():  # before it is said that they are there
+        to_disk(folder / name)
     write_json(folder / "slide.json", said)
     return said
 

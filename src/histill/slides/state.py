@@ -63,7 +63,7 @@ class State:
         for path in (folder / "slide.json", self.folder / "key.json"):
             if path.is_file():
                 said = read_json(path)
-                there = said.get("key") if path.name == "slide.json" else said
+                there = said if path.name == "key.json" else said.get("key") if isinstance(said, dict) else None
                 if there != self.key:
                     raise BadInput(f"{folder} holds {_other(there, self.key)}; give another --out, or --no-resume")
         self.finished = (folder / "slide.json").is_file() and _whole(folder)
@@ -106,9 +106,10 @@ class State:
 
 
 def _whole(folder: Path) -> bool:
-    """Whether every file that ``slide.json`` names is there."""
+    """Whether every file that ``slide.json`` names is there, and not empty."""
     layers = read_json(folder / "slide.json").get("layers")
-    return isinstance(layers, dict) and all((folder / str(name)).is_file() for name in layers.values())
+    paths = [folder / str(name) for name in layers.values()] if isinstance(layers, dict) else [folder / "none"]
+    return all(path.is_file() and path.stat().st_size for path in paths)
 
 
 def _other(there: Any, here: Mapping[str, Any]) -> str:
