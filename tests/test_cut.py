@@ -15,7 +15,7 @@ from tiny import bytes_of
 
 from histill.cli import run
 from histill.data import read_images, read_unlabelled
-from histill.errors import BadInput, Failed
+from histill.errors import BadInput, Failed, HistillError
 from histill.slides.cut import PRESETS, Cut, cut_slides
 
 SMALL = {"tile": 64, "stride": 32, "min_kb": 0.0, "min_tissue": 0.0}
@@ -201,6 +201,21 @@ def test_a_mask_with_too_many_values_or_two_slides_of_one_name(folder: Path) -> 
     slide(folder / "more" / "TCGA-AB-1234-01Z-00.tiff")
     with pytest.raises(BadInput, match="two slides"):
         cut_slides([folder / "slides", folder / "more"], folder / "out", **SMALL)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"digest": "x"}', '{"digest": "x", "left_out": {}, "rows": [{"odd": 1}]}'])
+def test_a_damaged_record_is_named(folder: Path, tmp_path: Path, text: str) -> None:
+    slides, how = [folder / "slides"], {"preset": "pretrain", **SMALL}
+    cut_slides(slides, tmp_path / "out", **how)  # type: ignore[arg-type]
+    for name in ("TCGA-AB-1234-01Z-00.json", "another.json"):
+        record = tmp_path / "out" / ".slides" / name
+        before = record.read_text() if record.exists() else None
+        record.write_text(text)
+        with pytest.raises(HistillError, match=rf"{name} is no record"):
+            cut_slides(slides, tmp_path / "out", **how)  # type: ignore[arg-type]
+        record.unlink()
+        if before:
+            record.write_text(before)
 
 
 def test_a_manifest_of_somebody_else_s_is_not_written_over(folder: Path, tmp_path: Path) -> None:

@@ -347,7 +347,7 @@ def _cut_slide(
     record = out / ".slides" / f"{path.stem}.json"
     with open_slide(path, slide_mpp) as slide:
         if record.exists():
-            if read_json(record)["digest"] != slide.digest:
+            if _record(record)["digest"] != slide.digest:
                 raise BadInput(f"{path}: {out} holds patches of another slide of this name")
             return
         grid = rule.grid
@@ -395,6 +395,16 @@ def _cut_slide(
         write_json(record, {"digest": slide.digest, "left_out": {k: n for k, n in left_out.items() if n}, "rows": rows})
 
 
+def _record(path: Path) -> dict[str, Any]:
+    """What was kept of a slide that is done; `BadInput` where it is not what is written here."""
+    found = read_json(path)
+    kinds = {"digest": str, "left_out": dict, "rows": list}
+    sound = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+    if not sound or not all(isinstance(row, dict) and set(row) <= set(COLUMNS) for row in found["rows"]):
+        raise BadInput(f"{path} is no record of a slide's patches; remove it, and the slide is cut again")
+    return dict(found)
+
+
 def _in_turn(pool: ThreadPoolExecutor, function: Any, tasks: list[Any], at_once: int = 64) -> Iterator[Any]:
     """Results in order, with few tasks waiting: patches of a whole slide do not fit into memory."""
     for start in range(0, len(tasks), at_once):
@@ -416,7 +426,7 @@ def _finish(out: Path) -> Cutting:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for record in records:
-            found = read_json(record)
+            found = _record(record)
             left_out.update(found["left_out"])
             for row in found["rows"]:
                 patches[row["label"]] += 1
