@@ -74,7 +74,8 @@ class Growing(nn.Module):
             side = side_at(int(self.step) / self.steps, self.size)
             self.step += 1
             if side < self.size:
-                images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+                small = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+                images = small.to(images.dtype)
         return self.network(images)
 
 
