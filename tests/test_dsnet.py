@@ -81,6 +81,13 @@ def test_the_notebooks_targets_teach_nothing() -> None:
     assert float(terms["soft"][1]) == pytest.approx(math.log(2) / 2000, rel=0.1)
 
 
+def test_the_notebooks_labels_too_are_compared_with_the_softmax_of_a_softmax() -> None:
+    # A student that is sure answers softmax((1, 0)) = (.731, .269), as the notebooks print; right, then wrong.
+    sure = Outputs(logits=torch.tensor([[60.0, 0.0], [60.0, 0.0]]))
+    terms = dsnet.notebook(sure, TEACHER, batch([0, 1]), alpha=0.1, temperature=10, images=2000)
+    assert float(terms["hard"][1]) == pytest.approx((-math.log(0.7310586) - math.log(0.2689414)) / 2, rel=1e-6)
+
+
 def test_the_defaults_are_the_papers(data: Images) -> None:
     teacher = dsnet.teacher(data, weights="none")
     student = dsnet.student(data, Counting())

@@ -64,14 +64,16 @@ def notebook(
 ) -> Terms:
     """What the published notebooks compute in place of Eq. 5; for comparison only.
 
-    Both "logits" are softmax outputs, and the teacher's softmax is divided by the sum over the whole training array of
-    ``images`` rows (estimated here from the batch), so that its targets are about 1 / (2 images) and teach nothing.
+    Both "logits" are softmax outputs, in both terms: the student's answer lies between .269 and .731 however sure it
+    is. The teacher's softmax is divided by the sum over the whole training array of ``images`` rows (estimated here
+    from the batch), so that its targets are about 1 / (2 images) and teach nothing.
     """
+    taken = student["logits"].softmax(1)
     raised = (teacher["logits"].softmax(1) / temperature).exp()
     target = raised / (raised.sum(1).mean() * images)
-    log_p = (student["logits"].softmax(1) / temperature).log_softmax(1)
+    log_p = (taken / temperature).log_softmax(1)
     return {
-        "hard": (alpha, cross_entropy(student["logits"], batch.labels)),
+        "hard": (alpha, cross_entropy(taken, batch.labels)),
         "soft": (1 - alpha, -(target * log_p).sum(1).mean()),
     }
 
