@@ -23,6 +23,8 @@ from histill import cli
 from histill.data import Augment, Images, Packed, pack, read_unlabelled
 from histill.errors import BadInput, Failed
 from histill.loop import kept_teacher
+from histill.models import MACResNet, StarDist
+from histill.models.parts import Normalize
 from histill.run import Run
 from histill.teachers import Cached, Ensemble, Frozen, as_teacher
 from histill.types import Batch, Outputs
@@ -104,6 +106,21 @@ def test_the_key_names_weights_and_size() -> None:
     with torch.no_grad():
         network.head.bias[0] += 1e-6
     assert Frozen(network).key != key
+
+
+def test_the_key_tells_the_same_weights_behind_other_settings_apart() -> None:
+    torch.manual_seed(0)
+
+    def keys(*networks: nn.Module) -> set[str]:
+        for other in networks[1:]:
+            other.load_state_dict(networks[0].state_dict())
+        return {Frozen(network).key for network in networks}
+
+    assert len(keys(StarDist(), StarDist(upsample="bilinear"), StarDist())) == 2
+    looks = (MACResNet(2, dares=(), spp=False, **own) for own in ({}, {"threshold": 0.3}, {"crop": False}))  # type: ignore[arg-type]
+    assert len(keys(*looks)) == 3
+    assert len(keys(*(nn.Sequential(Normalize(std=std), nn.ReLU()) for std in ((1, 1, 1), (2, 2, 2))))) == 2
+    assert len(keys(nn.Sequential(nn.ReLU()), nn.Sequential(nn.GELU()))) == 2
 
 
 # Ensemble

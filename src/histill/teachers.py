@@ -309,9 +309,25 @@ def as_teacher(teacher: Run | Keyed, classes: Sequence[str]) -> Keyed:
 
 
 def weights_digest(network: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers with their names."""
+    """SHA-256 of all parameters and buffers with their names, and of each layer's kind and settings.
+
+    The same weights answer otherwise behind another threshold, stride or way to enlarge. Settings are a layer's public
+    attributes that are numbers, words or lists of them; code is not looked at.
+    """
     sha = hashlib.sha256(type(network).__name__.encode())
-    for name, value in sorted(network.state_dict().items()):
+    for name, module in network.named_modules():
+        sha.update(f"{name} {type(module).__name__} {_settings(module)}".encode())
+    for name, value in sorted({**network.state_dict(), **dict(network.named_buffers())}.items()):
         sha.update(name.encode())
         sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def _settings(module: nn.Module) -> list[tuple[str, str]]:
+    def plain(value: object) -> bool:
+        return (
+            all(map(plain, value)) if isinstance(value, tuple | list) else isinstance(value, bool | int | float | str)
+        )
+
+    public = ((name, value) for name, value in sorted(vars(module).items()) if name[0] != "_" and name != "training")
+    return [(name, repr(value)) for name, value in public if value is None or plain(value)]
