@@ -340,3 +340,4 @@ def test_few_names_the_first_and_counts_the_rest() -> None:
     assert few(["a", "b"]) == "a, b"
     assert few("abcdefg") == "a, b, c, d, e and 2 more"
     assert few([1, 2, 3], most=1) == "1 and 2 more"
+    assert few(["a" * 400, "b" * 200 + "c" * 5000 + "d" * 200]) == f"{'a' * 400}, {'b' * 150}…{'d' * 150}"

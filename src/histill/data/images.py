@@ -36,6 +36,8 @@ _MOST_COLUMNS = 1000
 _MOST_HEADER = 1 << 16
 _MOST_LABEL = 200
 """Characters of a class name."""
+_MOST_SAID = 400
+"""Characters of a name in an error."""
 _CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 
 COLUMNS = ("path", "label", "patient", "split", "mask", "site", "slide", "mpp", "content", "mask_content")
@@ -137,8 +139,8 @@ class Images:
 
 
 def few(names: Iterable[object], most: int = 5) -> str:
-    """``a, b, c and 4 more``."""
-    listed = [str(name) for name in names]
+    """``a, b, c and 4 more``; of a name that nobody would read to its end the two ends."""
+    listed = [n if len(n) <= _MOST_SAID else f"{n[:150]}…{n[-150:]}" for n in map(str, names)]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
 
