@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny import bytes_of
 import histill as hs
 from histill import cli
 from histill.data import read_images, split
-from histill.distill import distill
+from histill.distill import check_unseen, distill
 from histill.errors import BadInput
 from histill.recipes import dsnet
 from histill.run import Run
@@ -220,6 +221,35 @@ def test_a_teacher_that_was_trained_on_the_test_images_is_a_leak(data: Path, tmp
     teacher = taught(data, tmp_path / "teacher", seed=1)
     with pytest.raises(BadInput, match=r"leak: .*teacher was trained on \d+ of the validation and test images"):
         distill("dsnet", data, tmp_path / "out", teacher=teacher.path, **ARGUMENTS)
+
+
+def test_a_teacher_whose_epoch_was_chosen_on_the_test_images_is_a_leak(
+    data: Path, tmp_path: Path, pictured: None
+) -> None:
+    images = split(read_images(data), val=0.2, test=0.2, seed=0)
+    swapped = images.with_frame(
+        images.frame.assign(split=images.frame["split"].map({"train": "train", "val": "test", "test": "val"}))
+    )
+    made = dsnet.teacher(swapped, **ARGUMENTS["teacher_arguments"])
+    with pytest.raises(BadInput, match=r"leak: .*best chose its epoch on \d+ of the test images"):
+        check_unseen(hs.train(made, tmp_path / "best"), images)
+    last = hs.train(dataclasses.replace(made, select="last"), tmp_path / "last")
+    check_unseen(last, images)  # the last epoch is nobody's choice
+
+
+def test_what_started_from_a_run_that_saw_the_test_images_is_a_leak(
+    data: Path, tmp_path: Path, pictured: None, capsys: Any
+) -> None:
+    seen, same = (str(taught(data, tmp_path / f"seed{seed}", seed=seed).path) for seed in (1, 0))
+    for who in ("student", "teacher"):
+        given = {f"{who}_arguments": ARGUMENTS[f"{who}_arguments"] | {"weights": seen}}
+        with pytest.raises(BadInput, match=r"leak: .*seed1 was trained on \d+ of the validation and test images"):
+            distill("dsnet", data, tmp_path / "out", **ARGUMENTS | given)
+    words = ["train", "dsnet.student", "--data", str(data), "--network", "test_resnet", "--image-size", "32"]
+    words += ["--epochs", "1", "--val", "0.2", "--test", "0.2"]
+    assert cli.run([*words, "--out", str(tmp_path / "a"), "--weights", seen]) == 2
+    assert "leak: " in capsys.readouterr().err
+    assert cli.run([*words, "--out", str(tmp_path / "b"), "--weights", same]) == 0
 
 
 # What it refuses

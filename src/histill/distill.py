@@ -32,7 +32,7 @@ from histill.progress import notice, say
 from histill.run import Run
 from histill.teachers import Ensemble, as_teacher
 
-__all__ = ["check_unseen", "distill", "open_teachers", "read_parts", "teacher_arguments"]
+__all__ = ["check_start", "check_unseen", "distill", "open_teachers", "read_parts", "teacher_arguments"]
 
 ROLES = ("teacher", "student_alone", "student_distilled")
 _TITLES = {"teacher": "teacher", "student_alone": "student alone", "student_distilled": "distilled"}
@@ -40,6 +40,7 @@ SHARED = ("image_size", "epochs", "batch_size", "schedule", "augment")
 """Arguments that, given for the student, hold for its teacher unless ``teacher_...`` says otherwise."""
 
 ALWAYS_SHARED = ("positive", "strict")
+_SMALL = 32  # pixels of a pack that is made to know pictures by
 
 
 Target = Literal["auto", "labels", "masks", "instances"]
@@ -131,6 +132,8 @@ def distill(
         given = None if teacher is None else Run.open(teacher, code=code)
         if given is not None:
             check_unseen(given, images)
+        for arguments in (student_arguments, teacher_arguments):
+            check_start((arguments or {}).get("weights"), images)
         machine: dict[str, Any] = {"device": device, "precision": precision, "resume": resume}
         runs: list[dict[str, Run]] = []
         for number in range(seeds):
@@ -243,16 +246,30 @@ def _table(run: Run, images: Images) -> Any:
     return predictions(packed.images, rows, predict_rows(run.network(), packed, rows), classes=run.classes)
 
 
-def check_unseen(teacher: Run, images: Images) -> None:
-    """Refuse a teacher that was trained on the images that it is to be judged on."""
+def check_unseen(teacher: Run, images: Images, *, size: int | None = None) -> None:
+    """Refuse a teacher that was trained on the images that are judged on, or whose epoch was chosen on test images.
+
+    ``size`` is that of the pack by which pictures are known (default: the teacher's, which it looks at later).
+    """
     table = teacher.data.frame
-    seen = set(table["content"][table["split"] == "train"])
-    frame = pack(images, teacher.image_size).images.frame
-    if len(leaked := frame["path"][frame["split"].isin(("val", "test")) & frame["content"].isin(seen)]):
-        raise BadInput(
-            f"leak: {teacher.path} was trained on {len(leaked)} of the validation and test images: {few(leaked)}; "
-            "give it the same split"
-        )
+    frame = pack(images, size or teacher.image_size).images.frame
+
+    def refuse(did: str, seen: str, judged: Sequence[str], what: str) -> None:
+        known = set(table["content"][table["split"] == seen])
+        if len(leaked := frame["path"][frame["split"].isin(judged) & frame["content"].isin(known)]):
+            raise BadInput(
+                f"leak: {teacher.path} {did} {len(leaked)} of the {what} images: {few(leaked)}; give it the same split"
+            )
+
+    refuse("was trained on", "train", ("val", "test"), "validation and test")
+    if teacher.info.get("selection", {}).get("rule") != "the last epoch":
+        refuse("chose its epoch on", "val", ("test",), "test")
+
+
+def check_start(weights: Any, images: Images) -> None:
+    """Refuse weights to start from that are a run's and learnt from the images that are judged on (`BadInput`)."""
+    if isinstance(weights, str | Path) and (Path(weights) / "run.json").is_file():
+        check_unseen(Run.open(weights), images, size=_SMALL)
 
 
 def open_teachers(

@@ -16,7 +16,7 @@ import torch
 from histill.data.images import Images, few, read_unlabelled
 from histill.data.packed import pack
 from histill.deploy.deliver import deliver
-from histill.distill import read_parts
+from histill.distill import check_start, read_parts
 from histill.errors import BadInput
 from histill.evaluate import figures
 from histill.evaluate.finish import class_rows, counts, settings
@@ -112,6 +112,7 @@ def transfer(
         for line in (*images.notices, *more.notices):
             notice(line)
         check_apart(more, images)
+        check_start((pretrain_arguments or {}).get("weights"), images)
         machine: dict[str, Any] = {"device": device, "precision": precision, "resume": resume}
         words = teacher[0] if not isinstance(teacher, str) and len(teacher) == 1 else teacher
         own = {"teacher": words, "seed": seed, **(pretrain_arguments or {})}

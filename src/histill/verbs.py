@@ -149,7 +149,7 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
 def experiment_of(function: Callable[..., Any], values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The recipe's experiment, and those of ``values`` that are not the recipe's own."""
     from histill.data import read_unlabelled
-    from histill.distill import open_teachers
+    from histill.distill import check_start, open_teachers
 
     others = (*SPLIT, *SLIDES, "data", "device", "precision", "resume", "logger", "compile", "code", "ray", "threads")
     own = {n: values.pop(n) for n in others if n in values}
@@ -157,6 +157,7 @@ def experiment_of(function: Callable[..., Any], values: dict[str, Any]) -> tuple
         values["unlabelled"] = read_unlabelled(values["unlabelled"])
     if "data" in own:
         images = read_data(own | {"seed": values.get("seed", 0)})
+        check_start(values.get("weights"), images)
         weighting = values.pop("weighting", "mean")
         if values.get("teacher"):
             values["teacher"] = open_teachers(values["teacher"], images, weighting=weighting, code=own["code"])
