@@ -214,6 +214,19 @@ def test_what_the_networks_do_not_give_is_said(data: Images) -> None:
         methods.student(data, Counting(), method="kdd", network="resnet8x4", **SMALL)
 
 
+def test_of_two_classes_standardised_logits_teach_nothing_and_that_is_said(
+    data: Images, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(8, 2).requires_grad_(), 3 * torch.randn(8, 2)
+    (gradient,) = torch.autograd.grad(losses.kd(student, teacher, temperature=2, standardize=True), student)
+    assert gradient.abs().max() < 1e-4  # of plain KD it is thousands of times as large
+    methods.student(data, Counting(), method="kd-standardized", network="resnet8x4", **SMALL)
+    assert "of two classes z-scored logits are 1 and -1" in capsys.readouterr().err
+    methods.student(data, Counting(), method="dist", network="resnet8x4", **SMALL)
+    assert not capsys.readouterr().err
+
+
 def test_without_a_teacher_the_student_learns_from_the_labels(data: Images) -> None:
     alone = methods.student(data, method="kd", network="resnet8x4", **SMALL)
     assert (alone.objective, alone.teacher) == (labels_alone, None)

@@ -26,7 +26,8 @@ def kd(student: Tensor, teacher: Tensor, *, temperature: float, standardize: boo
         teacher: ``(B, C)`` logits.
         temperature: T, above 0; 1 for USI (Ridnik et al. 2022).
         standardize: replace each image's logits by their z-scores over the classes, ``(z - mean) / (std + 1e-7)``
-            with the biased std (logit standardization, Sun et al. 2024), so that only their shape has to match.
+            with the biased std (logit standardization, Sun et al. 2024), so that only their shape has to match. Of two
+            classes it is 1 and -1 always, and nothing can be learnt.
     """
     teacher = constant(student, teacher)
     if standardize:

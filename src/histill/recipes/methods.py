@@ -21,6 +21,7 @@ from histill.errors import BadInput
 from histill.experiment import Experiment, recipe
 from histill.models import Cifar, Timm
 from histill.models.cifar import CIFAR_NETWORKS
+from histill.progress import notice
 from histill.recipes._methods import METHODS, Pair, Turning, labels_alone, lacks, shown_turned
 from histill.recipes._start import start
 from histill.recipes.dsnet import DERMOSCOPY
@@ -33,6 +34,11 @@ __all__ = ["METHODS", "pretrain", "student", "teacher", "unfit"]
 
 CIFAR = Augment(hflip=True, vflip=False, shift=4 / 32)
 """A crop after padding by 4 of 32 pixels, and a flip; here by parts of a pixel too, and mirrored at the border."""
+
+ONE_AND_MINUS_ONE = (
+    "of two classes z-scored logits are 1 and -1 whatever the teacher knows; the student learns from the labels "
+    "alone, at a tenth of their weight"
+)
 
 Augments = Literal["tissue", "cifar", "none"]
 Schedules = Literal["cosine", "steps"]
@@ -148,6 +154,8 @@ def student(
         pair = _pair(data, made, taught, image_size, epochs, batch_size, strict)
         if lacking := lacks(method, pair):
             raise BadInput(f"--method {method}: {lacking}")
+        if method == "kd-standardized" and len(data.classes) == 2:
+            notice(f"--method {method}: {ONE_AND_MINUS_ONE}")
         kept: tuple[str, ...] = ("logits", "pooled") if "pooled" in pair.teacher else ("logits",)
         chosen = {"teacher": taught, "objective": METHODS[method].make(pair), "cache_outputs": kept}
         chosen["cache"] = "maps" not in METHODS[method].needs

@@ -211,7 +211,10 @@ def _report(
             columns.append("published")
             for method, row in zip(methods, cells, strict=True):
                 row.append(f"{published[method]:.2f} %" if method in published else "-")
-        sections.append(Table(columns, cells, f"{network}, test images", _note(made, kinds, gains["last"])))
+        note = _note(made, kinds, gains["last"])
+        if "kd-standardized" in methods and len(first.classes) == 2:
+            note += f" kd-standardized: {recipes.ONE_AND_MINUS_ONE}."
+        sections.append(Table(columns, cells, f"{network}, test images", note))
         path = made.out / "figures" / f"{network.replace('/', '_')}.png"
         shown = {m: g["accuracy"] for m, g in gains["last"].items()}
         figures.gain(shown, path, title=f"{network}: accuracy minus plain KD, last epoch")
