@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from conftest import write_classes
 from tiny import bytes_of, no_page, table
+from torch import nn
 
 import histill as hs
 from histill.errors import BadInput
-from histill.models import MSDNet
-from histill.recipes import multi_exit
-from histill.studies.multi_exit import PAPER, study
+from histill.models import MSDNet, ResNet18
+from histill.recipes import methods, multi_exit
+from histill.studies.multi_exit import PAPER, _started, study
 
 SMALL: dict[str, Any] = {"image_size": 32, "epochs": 1, "teacher_epochs": 1, "pretrain_epochs": 1, "batch_size": 8}
 SMALL |= {"teacher_network": "test_resnet", "teacher_weights": "none", "lr": 0.001, "precision": "32-true"}
@@ -80,6 +81,23 @@ def test_the_tables_of_methods_have_every_row_of_the_papers(tmp_path: Path) -> N
     more = study(data, out=out, **SMALL | {"tables": ("6",), "methods": ("crd",)})  # not the published form
     (row,) = (line for line in more.split("Table 6")[1].splitlines() if line.startswith("crd "))
     assert row.split()[1:3] == ["-", "-"]
+
+
+@pytest.mark.parametrize(("stem", "name"), [("imagenet", "resnet18"), ("cifar", "resnet18_cifar")])
+def test_the_other_methods_start_as_the_plain_network_does(stem: Any, name: str, tmp_path: Path) -> None:
+    made = methods.student(table(tmp_path / "data"), network=name, weights="none", image_size=32)
+    found = []
+    for network in (_started(made).student(), ResNet18(2, stem=stem)):
+        convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d))
+        norms = (m for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+        found.append(
+            (
+                sorted(float(m.weight.detach().std()) for m in convolutions),
+                [float(m.weight.detach().mean()) for m in norms],
+            )
+        )
+    assert found[0][0] == pytest.approx(found[1][0], rel=0.05)
+    assert found[0][1] == found[1][1] == 20 * [1.0]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ GUIDE: tuple[Advice, ...] = (
     Advice(
         name="kd",
         family="response",
-        use="the first thing to try; standardize=True (three classes and more) where the teacher's logits are far larger",
+        use="the first thing to try; standardize=True (not of two classes) where the teacher's logits are far larger",
         cost="none",
         needs="the same classes",
         source="Hinton et al. 2015; Sun et al. 2024",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,18 +229,24 @@ def _others(made: Study, data: Images, taught: Run, others: Sequence[str], setti
 
     def learn(seed: int, method: str, weights: str = "none") -> Experiment:
         mine = {"network": settings["network"], "weights": weights, "seed": seed} | rest
-        return replace(student(data, taught, method=method, **mine), schedule=ours.schedule, **same)
+        return _started(replace(student(data, taught, method=method, **mine), schedule=ours.schedule, **same))
 
     def boundaries(seed: int) -> Experiment:
         mine = {name: value for name, value in rest.items() if name != "positive"} | {"network": settings["network"]}
         mine["epochs"] = max(1, round(settings["epochs"] / 8))
-        return replace(pretrain(data, taught, weights="none", seed=seed, **mine), **same)
+        return _started(replace(pretrain(data, taught, weights="none", seed=seed, **mine), **same))
 
     for method in others:
         if method == "ab":
             made.run_in_two(method, boundaries, lambda s, run: learn(s, "ce", run))
         else:
             made.run(method, lambda s, m=method: learn(s, m))  # type: ignore[misc]
+
+
+def _started(made: Experiment) -> Experiment:
+    """With the start of `ResNet18`: timm's has zeros in the last norm of each block, which the study's own has not."""
+    timm = made.student.keywords["name"] == "resnet18"
+    return replace(made, student=partial(made.student, zero_init_last=False)) if timm else made
 
 
 def _report(made: Study, data: Images, tables: Sequence[str], methods: Sequence[str], loss: float) -> str:
