@@ -12,11 +12,24 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from histill import progress as progress_module
 from histill.errors import BadInput, Failed, HistillError, require
-from histill.files import atomic, cache_dir, digest, file_digest, locked, read_json, sweep, write_json, write_text
+from histill.files import (
+    atomic,
+    cache_dir,
+    digest,
+    file_digest,
+    locked,
+    read_json,
+    sweep,
+    write_json,
+    write_text,
+    writing,
+)
 from histill.progress import notice, progress
 
 FORK = multiprocessing.get_context("fork")
@@ -242,3 +255,11 @@ def test_quiet_is_quiet_but_for_notices(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == ""
     notice("1 image was left out")
     assert capsys.readouterr().err == "note: 1 image was left out\n"
+
+
+def test_who_may_read_a_folders_files_may_read_the_weights(tmp_path: Path) -> None:
+    write_text(tmp_path / "run.json", "{}")
+    with writing(tmp_path / "model.safetensors") as temporary:
+        save_file({"w": torch.zeros(2)}, temporary)
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["run.json"]

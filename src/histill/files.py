@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -80,10 +81,17 @@ def atomic(path: Path, *, durable: bool = False, tidy: bool = False) -> Iterator
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """`atomic` and durable, for torch and safetensors, which report a failed write in words of their own."""
+    """`atomic` and durable, for torch and safetensors, which report a failed write in words of their own.
+
+    Whoever may read the other files may read this one: safetensors makes files that only their owner may read.
+    """
     try:
         with atomic(path, durable=True) as temporary:
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            temporary.unlink()
             yield temporary
+            temporary.chmod(mode)
     except HistillError:
         raise
     except Exception as error:  # noqa: BLE001 - torch raises RuntimeError, safetensors an error of its own
