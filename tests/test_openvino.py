@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import histill as hs
 from histill.deploy import check_parity, open_model, quantize, to_onnx, to_openvino
+from histill.deploy.deliver import bench
 from histill.errors import BadInput, Failed
 from histill.recipes import dsnet
 from histill.types import Outputs
@@ -126,7 +127,8 @@ def test_a_run_is_exported_and_predicts_the_same(tmp_path: Path) -> None:
         patch.setattr("histill.evaluate.finish.finish", no_page)
         made = dsnet.student(data=data, image_size=SIZE, epochs=1, batch_size=8)
         run = hs.train(made, tmp_path / "run", precision="32-true")
-    found = hs.export(run, format="openvino", int8=True).files
+    exported = hs.export(run, format="openvino", int8=True)
+    found = exported.files
     assert found["openvino"]["path"] == str(run.path / "model.xml")
     assert found["openvino"]["max_abs_diff"] < 1e-4
     assert found["openvino"]["accuracy_lost"] == 0
@@ -134,3 +136,7 @@ def test_a_run_is_exported_and_predicts_the_same(tmp_path: Path) -> None:
     assert 1e-6 < found["int8"]["max_abs_diff"] < 0.5
     ours, theirs = (hs.predict(path, data.root) for path in (run.path, run.path / "model.xml"))
     np.testing.assert_allclose(ours.filter(like="prob_"), theirs.filter(like="prob_"), atol=1e-5)
+    assert "(+0.0 points)" in str(exported.lines())
+    timed, _ = bench([run.path / "model.xml"], seconds=0.05)
+    sizes = (run.path / "model.xml").stat().st_size + (run.path / "model.bin").stat().st_size
+    assert [row["file_bytes"] for row in timed.values()] == [sizes]

@@ -16,7 +16,7 @@ from histill.data.decode import load
 from histill.data.images import Images
 from histill.deploy.early_exit import open_exits, to_exits
 from histill.deploy.formats import check_parity, to_onnx, to_qupath, to_torchscript
-from histill.deploy.model_card import write_card
+from histill.deploy.model_card import parts_of, write_card
 from histill.deploy.openvino import to_openvino
 from histill.deploy.predictor import Leaving, Predictor, TorchPredictor, open_model
 from histill.deploy.quantize import quantize
@@ -51,7 +51,8 @@ class Exported:
         for found in self.files.values():
             line = f"{found['path']}: logits within {found['max_abs_diff']:.2g} of the run's"
             if "accuracy_lost" in found:
-                line += f", test accuracy {100 * found['accuracy']:.1f} % ({-100 * found['accuracy_lost']:+.1f} points)"
+                gained = 0.0 - 100 * found["accuracy_lost"]  # no -0.0
+                line += f", test accuracy {100 * found['accuracy']:.1f} % ({gained:+.1f} points)"
             if "macs" in found:
                 mean, whole = (found["macs"][key] / 1e6 for key in ("mean", "whole"))
                 line += f", {mean:,.1f} of {whole:,.1f} million multiply-accumulates per image"
@@ -200,7 +201,7 @@ def bench(
     from histill.evaluate.cost import macs
 
     if not models:
-        raise BadInput("bench needs a run, an .onnx or a TorchScript file")
+        raise BadInput("bench needs a run, an .onnx, an .xml of OpenVINO or a TorchScript file")
     opened = {str(model): open_any(model, device=device, code=code) for model in models}
     if leaving := [name for name, predictor in opened.items() if isinstance(predictor, Leaving)]:
         raise BadInput(f"{leaving[0]}: how long early exit takes depends on the images, and bench shows noise")
@@ -216,7 +217,7 @@ def bench(
             "device": "cpu" if network is None else next(network.parameters()).device.type,
             "parameters": None if network is None else sum(p.numel() for p in network.parameters()),
             "macs": None if network is None else macs(network, predictor.image_size),
-            "file_bytes": file.stat().st_size,
+            "file_bytes": sum(part.stat().st_size for part in parts_of(file)),
             "image_size": predictor.image_size,
             "peak_memory_bytes": peak_memory(file) if file.suffix == ".onnx" else None,
             "latency_ms_batch1": single[name]["latency_ms"],

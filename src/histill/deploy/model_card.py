@@ -21,7 +21,7 @@ from histill.evaluate.report import count, share, shown
 from histill.files import read_json, write_text
 from histill.run import Run
 
-__all__ = ["card", "origins", "write_card"]
+__all__ = ["card", "origins", "parts_of", "write_card"]
 
 _TITLES = {
     "accuracy": "accuracy",
@@ -317,11 +317,16 @@ def _bytes(number: float) -> str:
     return f"{number / 1e6:,.2f} MB"
 
 
+def parts_of(path: Path) -> list[Path]:
+    """The files of a model exported to `path`, a file or a folder; OpenVINO's weights lie beside the .xml."""
+    parts = path.rglob("*") if path.is_dir() else (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
+    return [part for part in parts if part.is_file()]
+
+
 def _exported(exported: Path, name: str, found: Mapping[str, Any]) -> list[str]:
     path = Path(found["path"])
     path = path if path.exists() else exported.parent / path.name
-    parts = path.rglob("*") if path.is_dir() else (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
-    size = sum(p.stat().st_size for p in parts if p.is_file() and p.name != "model_card.md")
+    size = sum(part.stat().st_size for part in parts_of(path) if part.name != "model_card.md")
     accuracy = f"{100 * found['accuracy']:.1f} %" if "accuracy" in found else "-"
     lost = f"{100 * found['accuracy_lost']:+.1f} points" if "accuracy_lost" in found else "-"
     return [f"`{_code(path.name)}` ({name})", _bytes(size), f"{found['max_abs_diff']:.2g}", accuracy, lost]
