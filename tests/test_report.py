@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from browser import PROGRAM, Browser
 from PIL import Image
 
 from histill.errors import BadInput
 from histill.evaluate import figures
+from histill.evaluate.finish import counts
 from histill.evaluate.intervals import figures_over_seeds, figures_with_intervals, paired_gain
 from histill.evaluate.metrics import Scores, confusion, roc_curve
 from histill.evaluate.metrics import reliability as bins_of
@@ -247,6 +249,24 @@ def test_pictures_are_embedded_at_their_printed_size(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="2 cells"):
         write_report(tmp_path / "b.html", title="t", answer="a", sections=[Table(["a", "b"], [[1]])])
     assert not (tmp_path / "b.html").exists()
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="no Chromium here: apt-get install chromium")
+def test_no_figure_is_cut_off_in_a_window_of_usual_width(tmp_path: Path) -> None:
+    cell = "100.0 % (82.4 to 100.0)"
+    columns = ["class", "images", "sensitivity", "specificity", "precision", "F1", "AUROC"]
+    made = write_report(
+        tmp_path / "x.html", title="t", answer="a", sections=[Table(columns, [["melanoma", "18", *[cell] * 5]])]
+    )
+    with Browser(tmp_path / "profile", 1200, 800) as page:
+        page.go(made.as_uri())
+        assert page.run("document.querySelector('.table').scrollWidth <= document.querySelector('.table').clientWidth")
+
+
+def test_patients_of_the_training_images_are_those_that_are_in_no_other_split() -> None:
+    table = pd.DataFrame({"split": ["val", "test", "test", "test"], "patient": ["a", "b", "b", "c"]})
+    info = {"data": {"images": {"train": 9, "val": 1, "test": 3}, "patients": 8}}
+    assert {split: held["patients"] for split, held in counts(info, table).items()} == {"train": 5, "val": 1, "test": 2}
 
 
 def test_run_report(tmp_path: Path) -> None:

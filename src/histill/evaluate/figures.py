@@ -114,7 +114,15 @@ def roc(curves: Mapping[str, tuple[Array, Array, Interval]], path: Path) -> None
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         ax.set(xlabel="false positive rate (1 − specificity)", ylabel="true positive rate (sensitivity)")
         ax.grid(True)
-        ax.legend(loc="lower right", title="AUROC (95 % interval)", alignment="left")
+        # On white: the curve of a network that is worse than chance runs where the legend is.
+        ax.legend(
+            loc="lower right",
+            title="AUROC (95 % interval)",
+            alignment="left",
+            frameon=True,
+            framealpha=0.85,
+            edgecolor="none",
+        )
 
 
 def reliability(diagrams: Mapping[str, Reliability], path: Path) -> None:

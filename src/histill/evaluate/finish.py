@@ -144,6 +144,11 @@ def counts(info: dict[str, Any], table: pd.DataFrame | None = None) -> dict[str,
     if table is not None and info["data"]["patients"] is not None:
         for split, part in table.groupby("split"):
             found[str(split)]["patients"] = part["patient"].replace("", None).nunique()
+        if (
+            "train" in found and "patients" not in found["train"]
+        ):  # nothing is predicted of it; no patient is in two splits
+            judged = sum(split.get("patients", 0) for split in found.values())
+            found["train"]["patients"] = info["data"]["patients"] - judged
     return found
 
 
