@@ -234,6 +234,6 @@ def test_no_patch_at_all_says_what_left_them_out(folder: Path) -> None:
 def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"tiles {folder}/slides --out {folder}/out --masks {folder}/masks --classes cm bcc --tile 64 --stride 32"
     assert run([*words.split(), "--min-kb", "0", "--min-tissue", "0"]) == 0
-    assert re.search(r"\d+ patches of 1 slides", capsys.readouterr().out)
+    assert re.search(r"\d+ patches of 1 slide in", capsys.readouterr().out)
     assert run(f"tiles {folder}/none.svs --out {folder}/b".split()) == 2
     assert "no such slide" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ from histill.slides.coarse import compare_tiles
 from histill.slides.engine import Model, load_model
 from histill.slides.predict import predict_slide, predict_slides
 from histill.slides.state import State, key_of
+from histill.slides.summary import summary_lines
 from histill.types import Outputs
 
 
@@ -284,6 +286,33 @@ def test_another_way_to_the_pixels_is_said(small: Path, model: Path, tmp_path: P
     assert "one.tif: read by openslide, as its tiles are not 8-bit RGB in JPEG" in capsys.readouterr().err
     assert said["settings"]["reader"] == "openslide (its tiles are not 8-bit RGB in JPEG)"
     assert "openslide (its tiles" in (tmp_path / "one" / "case.html").read_text()
+
+
+def test_a_resolution_that_was_given_is_told_where_the_areas_are(
+    small: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = slides_tiny.slide(tmp_path / "bare.tif", width=640, height=640, mpp=None)
+    predict_slide(model, small, tmp_path / "own")
+    assert "as given" not in capsys.readouterr().err
+    own = (tmp_path / "own" / "one" / "case.html").read_text()
+    assert "640 × 640 pixels · 0.5 µm per pixel · read by" in own
+    assert re.search(r'"width: 15.625%"></span>50 µm', own), "a bar of 50 of the 320 microns"
+    predict_slide(model, bare, tmp_path / "given", slide_mpp=0.25)
+    assert (
+        "0.25 µm per pixel (as given; the file does not say)" in (tmp_path / "given" / "bare" / "case.html").read_text()
+    )
+    assert "as given" not in capsys.readouterr().err
+    predict_slide(model, small, tmp_path / "against", slide_mpp=0.25)
+    assert "one.tif: 0.25 microns per pixel as given; the file says 0.5" in capsys.readouterr().err
+    assert "0.25 µm per pixel (as given; the file says 0.5)" in (tmp_path / "against" / "one" / "case.html").read_text()
+
+
+def test_one_lesion_is_one_lesion() -> None:
+    said = {"call": {"label": "t", "probability": 0.5}, "layers": {"page": "case.html"}}
+    lines = summary_lines(
+        {"slides": {str(n): said | {"lesions": {"count": n, "area_um2": {"t": 5e5}}} for n in (0, 1, 2)}}, "out"
+    ).splitlines()
+    assert [re.search(r"\d lesions?", line)[0] for line in lines] == ["0 lesions", "1 lesion", "2 lesions"]  # type: ignore[index]
 
 
 def slow_work(model: str, slide: str, out: str) -> None:

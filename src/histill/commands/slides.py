@@ -46,7 +46,8 @@ def slide(
         slides: files that OpenSlide reads, OME-TIFF, or plain images.
         out: a folder; each slide gets one in it, and summary.json lies beside them.
         mpp: microns per pixel at which the model looks (default: what it was trained at).
-        slide_mpp: those of the slides' finest level, where their files do not say.
+        slide_mpp: those of the slides' finest level, where files do not say; taken for every slide, and said where a
+            file says another.
         tile: side of a tile in pixels at --mpp (default: the model's image size).
         overlap: pixels at --mpp that a tile shares with the next.
         min_tissue: share of a tile that must be tissue.
@@ -162,7 +163,8 @@ def tiles(
         preset: lesion (512 px at 20x, half overlapping, more than 3/4 of one class; with masks) or pretrain (1024 px at
             20x side by side, without labels).
         mpp: microns per pixel of a patch (presets: 0.5, which is 20x).
-        slide_mpp: the slides' own microns per pixel, where the files do not say.
+        slide_mpp: the slides' own microns per pixel, where files do not say; it stands for every slide, and is
+            told where a file says another.
         tile: side of a patch in pixels.
         stride: pixels from one patch to the next.
         share: a patch belongs to a class that covers more than this share of it (lesion: 0.75).

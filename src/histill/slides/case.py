@@ -81,6 +81,7 @@ class Case:
 
 def write_case(path: Path, case: Case) -> Path:
     """Write the page, atomically."""
+    given = case.slide.mpp_given
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("histill.slides"),
         autoescape=True,
@@ -95,6 +96,8 @@ def write_case(path: Path, case: Case) -> Path:
         cards=_cards(case),
         width=width,
         height=height,
+        mpp=f"{case.slide.require_mpp():.4g} µm per pixel" + (f" ({given})" if given else ""),
+        scale=_scale(case),
         thumbnail=_embedded(case.thumbnail.convert("RGB"), "JPEG"),
         overlay=_embedded(_over(case), "PNG"),
         outlines=_outlines(case),
@@ -103,6 +106,7 @@ def write_case(path: Path, case: Case) -> Path:
         more_lesions=max(0, len(case.lesions) - _SHOWN_LESIONS),
         tiles=_telling(case),
         label=case.call["label"],
+        calibrated=case.call["label"] is not None and case.call["calibrated"],
         classes=_class_rows(case),
         judged=_judged_rows(case),
         segmented=_segmented_rows(case),
@@ -117,6 +121,14 @@ def write_case(path: Path, case: Case) -> Path:
 def area(um2: float) -> str:
     """Square millimetres where they are many square microns."""
     return f"{um2 / 1e6:,.2f} mm²" if um2 >= 1e4 else f"{um2:,.0f} µm²"
+
+
+def _scale(case: Case) -> tuple[str, float]:
+    """A bar of a round length, at most a fifth of the slide: what it says, and its percentage of the width."""
+    width = case.slide.dimensions[0] * case.slide.require_mpp()
+    power = 10.0 ** np.floor(np.log10(width / 5))
+    um = float(max((step * power for step in (2, 5) if step * power <= width / 5), default=power))
+    return f"{um / 1e3:g} mm" if um >= 1e3 else f"{um:g} µm", 100 * um / width
 
 
 def _answer(case: Case) -> str:

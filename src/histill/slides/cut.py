@@ -27,7 +27,7 @@ from PIL import Image
 from histill.data.images import few
 from histill.errors import BadInput, Failed, HistillError
 from histill.files import atomic, locked, read_json, sweep, write_json
-from histill.progress import progress, say
+from histill.progress import notice, progress, say
 from histill.slides.grid import Grid
 from histill.slides.regions import GEOJSON, class_name, is_geojson, paint, read_mask
 from histill.slides.slide import Slide, check_name, open_slide
@@ -99,7 +99,8 @@ class Cutting:
 
     def __str__(self) -> str:
         kept = ", ".join(f"{count:,} {label or 'unlabelled'}" for label, count in sorted(self.patches.items()))
-        lines = [f"{sum(self.patches.values()):,} patches of {self.slides} slides in {self.out}: {kept or 'none'}"]
+        cut, noun = sum(self.patches.values()), "slide" if self.slides == 1 else "slides"
+        lines = [f"{cut:,} patches of {self.slides} {noun} in {self.out}: {kept or 'none'}"]
         if self.left_out:
             lines.append("left out: " + ", ".join(f"{n:,} {why}" for why, n in sorted(self.left_out.items())))
         return "\n".join(lines)
@@ -188,7 +189,8 @@ def cut_slides(
         done = _finish(out)
     result = replace(done, failed=failed)
     if failed:
-        raise Failed(f"{len(failed)} of {len(found)} slides failed: {few(failed.values(), 3)}; the others are in {out}")
+        others = f"; the others are in {out}" if len(failed) < len(found) else ""
+        raise Failed(f"{len(failed)} of {len(found)} slides failed: {few(failed.values(), 3)}{others}")
     if not sum(result.patches.values()):
         raise Failed(f"no patch was kept; left out: {few(f'{n} {why}' for why, n in result.left_out.items())}")
     return result
@@ -350,6 +352,8 @@ def _cut_slide(
             if _record(record)["digest"] != slide.digest:
                 raise BadInput(f"{path}: {out} holds patches of another slide of this name")
             return
+        for remark in slide.remarks:
+            notice(f"{path.name}: {remark}")
         grid = rule.grid
         table = grid.tiles(slide, find_tissue(slide) if rule.min_tissue > 0 else None)
         width, height = slide.dimensions

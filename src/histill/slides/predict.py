@@ -122,7 +122,8 @@ def predict_slides(
         for line in summary_lines(summary, out).splitlines():
             say(line)
         lines = [one_line(job.error) for job in failed if job.error is not None]
-        raise Failed(f"{len(failed)} of {len(jobs)} slides failed: {few(lines)}; the others are done")
+        others = "; the others are done" if len(failed) < len(jobs) else ""
+        raise Failed(f"{len(failed)} of {len(jobs)} slides failed: {few(lines)}{others}")
     return summary
 
 
@@ -291,8 +292,8 @@ class _Work:
             if job.state.finished:
                 job.said = dict(read_json(job.folder / "slide.json"))
                 return
-            if slide.why:
-                notice(f"{job.path.name}: read by {slide.reader}, as {slide.why}")
+            for remark in slide.remarks:
+                notice(f"{job.path.name}: {remark}")
             job.tissue = find_tissue(slide, beside(self.options.mask, job.path, "mask"))
             job.grids[_FINE] = grid
             if self.options.coarse_to_fine is not None:

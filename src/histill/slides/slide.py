@@ -31,6 +31,7 @@ MAX_REGION_PX = 1 << 28
 """Pixels of one `Slide.read`, 800 MB of RGB."""
 
 _STRIP_PX = 1 << 24  # read at once for a thumbnail
+_SAME_MPP = 0.01  # as a share: resolutions that differ by less are one
 
 
 def open_slide(path: str | Path, mpp: float | None = None) -> Slide:
@@ -118,6 +119,24 @@ class Slide:
         """Drop decoded tiles that are kept in case they are asked for again."""
         if isinstance(self._source, JpegTiles | TiffTiles):
             self._source.cache.clear()
+
+    @property
+    def mpp_given(self) -> str:
+        """What to say of a resolution that is not the file's, as all areas rest on it; empty where it is."""
+        if self._given_mpp is None:
+            return ""
+        stated = _stated_mpp(self.properties)[0]
+        if stated is None:
+            return "as given; the file does not say"
+        return "" if abs(stated / self._given_mpp - 1) < _SAME_MPP else f"as given; the file says {stated:.4g}"
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should hear before this slide is used."""
+        said = [f"read by {self.reader}, as {self.why}"] if self.why else []
+        if "says" in self.mpp_given:
+            said.append(f"{self.mpp:g} microns per pixel {self.mpp_given}")
+        return said
 
     def require_mpp(self) -> float:
         """Microns per pixel of level 0; `BadInput` names ``--slide-mpp`` where there is none."""

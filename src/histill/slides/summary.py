@@ -54,8 +54,8 @@ def summary_lines(summary: Mapping[str, Any], out: str | Path) -> str:
         if call["label"] is None:
             lines.append(f"{stem}: no tissue")
             continue
-        area = sum(lesions["area_um2"].values()) / 1e6
-        line = f"{stem}: {call['label']} ({call['probability']:.2f}), {lesions['count']} lesions of {area:.2f} mm2"
+        area, noun = sum(lesions["area_um2"].values()) / 1e6, "lesion" if lesions["count"] == 1 else "lesions"
+        line = f"{stem}: {call['label']} ({call['probability']:.2f}), {lesions['count']} {noun} of {area:.2f} mm2"
         judged = said.get("agreement")
         if judged and judged["dice"] is not None:
             line += f", Dice {judged['dice']:.3f}"
