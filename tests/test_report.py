@@ -263,6 +263,18 @@ def test_no_figure_is_cut_off_in_a_window_of_usual_width(tmp_path: Path) -> None
         assert page.run("document.querySelector('.table').scrollWidth <= document.querySelector('.table').clientWidth")
 
 
+def test_a_zero_in_a_confusion_matrix_can_be_read(tmp_path: Path) -> None:
+    figures.confusion(np.array([[5, 0], [0, 5]]), ["a", "b"], tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        grey = np.asarray(picture.convert("L"), int)
+    dark = np.argwhere(grey < 100)  # the two full cells
+    (top, left), (bottom, right) = dark.min(0), dark.max(0)
+    y, x = (3 * top + bottom) // 4, (left + 3 * right) // 4  # amid the upper right cell
+    near = grey[y - 12 : y + 12, x - 12 : x + 12]
+    assert near.max() > 230
+    assert near.min() < 140
+
+
 def test_patients_of_the_training_images_are_those_that_are_in_no_other_split() -> None:
     table = pd.DataFrame({"split": ["val", "test", "test", "test"], "patient": ["a", "b", "b", "c"]})
     info = {"data": {"images": {"train": 9, "val": 1, "test": 3}, "patients": 8}}

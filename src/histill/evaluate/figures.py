@@ -87,7 +87,7 @@ def confusions(matrices: Mapping[str, NDArray[Any]], classes: Sequence[str], pat
             share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
             ax.imshow(share, cmap="Blues", vmin=0, vmax=1.15)
             for row, column in np.ndindex(n, n) if n <= 12 else ():
-                colour = "white" if share[row, column] > 0.55 else INK if counts[row, column] else RULE
+                colour = "white" if share[row, column] > 0.55 else INK if counts[row, column] else MUTED
                 ax.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", color=colour)
             right = np.trace(counts) / max(counts.sum(), 1)
             ax.set_title(f"{title}\n" if title else "")
