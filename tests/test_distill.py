@@ -250,6 +250,10 @@ def test_what_started_from_a_run_that_saw_the_test_images_is_a_leak(
     assert cli.run([*words, "--out", str(tmp_path / "a"), "--weights", seen]) == 2
     assert "leak: " in capsys.readouterr().err
     assert cli.run([*words, "--out", str(tmp_path / "b"), "--weights", same]) == 0
+    words = ["study", "dsnet", "--data", str(data), "--val", "0.2", "--test", "0.2", "--out", str(tmp_path / "c")]
+    for flag in ("--weights", "--teacher-weights"):
+        assert cli.run([*words, flag, seen]) == 2
+        assert "leak: " in capsys.readouterr().err
 
 
 # What it refuses

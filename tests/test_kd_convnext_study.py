@@ -16,6 +16,7 @@ from histill.data import Images, read_images, split
 from histill.errors import BadInput
 from histill.evaluate.intervals import figures_over_seeds, paired_gain
 from histill.evaluate.metrics import Scores, per_class
+from histill.recipes import kd_convnext
 from histill.studies.kd_convnext import FIGURES, PAPER, redrawn, study, together
 
 SMALL: dict[str, Any] = {"image_size": 32, "epochs": 1, "teacher_epochs": 1, "network": "test_convnext"}
@@ -31,6 +32,16 @@ def patients(folder: Path) -> Images:
     """36 images of 18 patients in two classes."""
     write_classes(folder, {"AIS": 18, "MIA": 18}, per_patient=2)
     return split(read_images(folder, patient=r"/(p\d+)_"), val=0.2, test=0.2)
+
+
+def test_a_start_that_saw_the_test_images_of_a_later_repeat_is_a_leak(tmp_path: Path) -> None:
+    data = patients(tmp_path / "data")
+    small = {"network": "test_resnet", "weights": "none", "image_size": 32, "epochs": 1}
+    run = hs.train(kd_convnext.teacher(data, **small), tmp_path / "run")  # type: ignore[arg-type]
+    for name in ("weights", "teacher_weights"):
+        with pytest.raises(BadInput, match=r"leak: .*run was trained on \d+ of the validation and test images"):
+            study(data, out=tmp_path / "study", seeds=2, **SMALL | {name: str(run.path)})
+    assert not (tmp_path / "study").exists()
 
 
 def test_each_repeat_has_its_own_split_and_rows_are_compared_within_it(tmp_path: Path) -> None:

@@ -176,10 +176,14 @@ def _study_command(name: str) -> Any:
     first = inspect.getdoc(function) or name
 
     def work(values: dict[str, Any]) -> None:
+        from histill.distill import check_start
+
         values = {n: d for n, (_, d, _) in flags.items()} | values
         if values["data"] is None:
             raise BadInput(LACKING["data"])
         images = read_data(values)
+        for start in ("weights", "teacher_weights"):
+            check_start(values.get(start), images)
         values = {n: v for n, v in values.items() if n not in (*SPLIT, "data")}
         show(function(images, **values))
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from histill.data.images import SPLITS, Images
 from histill.data.splits import split
+from histill.distill import check_start
 from histill.errors import BadInput
 from histill.evaluate import figures
 from histill.evaluate.intervals import figures_over_seeds, paired_gain, per_class_table
@@ -129,6 +130,9 @@ def study(
         kd_convnext.network_for(name, data, image_size, "none")
     made = Study(Path(out), range(seed, seed + seeds), {"device": device, "precision": precision})
     parts = {s: data if s == seed or splits == "same" else redrawn(data, s) for s in made.seeds}
+    for part in parts.values():  # a run of the first split has seen test images of the others
+        check_start(weights, part)
+        check_start(teacher_weights, part)
     common: dict[str, Any] = {"image_size": image_size, "batch_size": batch_size, "positive": positive}
     ours: dict[str, Any] = common | {"network": network, "weights": weights, "epochs": epochs}
     taught: dict[str, Any] = common | {"network": teacher_network, "weights": teacher_weights, "epochs": teacher_epochs}
