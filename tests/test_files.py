@@ -6,7 +6,9 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -236,6 +238,25 @@ def test_a_name_on_a_bar_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
     with progress("case [/red] [bold]\x1b[31m", 2, "tiles") as bar:
         bar.advance(2, "[/]\x1b[2J")
     assert r"case [/red] [bold]\x1b[31m [/]\x1b[2J" in screen.getvalue()
+
+
+def test_a_bar_with_a_long_name_stays_on_one_line_of_a_usual_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr("histill.progress.Console", lambda **_: console)
+    monkeypatch.delenv("HISTILL_QUIET", raising=False)
+    for what, rate in (
+        ("training student_distilled epoch 20/60 val 0.812", r"[\d,.]+/s"),
+        ("timing", r"[\d,.]+ images/s"),
+    ):
+        screen.truncate(0)
+        with progress(what, 12_000) as bar:
+            for _ in range(2):
+                bar.advance(4_000)
+                time.sleep(0.15)
+        lines = [line for line in re.split(r"[\r\n]", screen.getvalue()) if "8000/12000" in line]
+        assert lines, screen.getvalue()
+        assert re.search(rf"8000/12000 {rate}\s+\d:\d\d:\d\d", lines[-1]), lines[-1]
 
 
 def test_progress_that_goes_on_counts_only_its_own_for_the_rate(

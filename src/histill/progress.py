@@ -18,12 +18,15 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from histill.errors import printable
 
 __all__ = ["Bar", "notice", "progress", "say"]
 
+_REST = 48  # characters that bar, count, rate with its unit and time left take
+_LEAST = 38  # the same without the unit
 _EVERY_S = 20.0
 
 
@@ -44,10 +47,30 @@ def _first_process() -> bool:
     return os.environ.get("RANK", os.environ.get(own, "0")) == "0"
 
 
+class _Name(TextColumn):
+    """What is being done, cut where the rest would not fit on the line."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__("{task.description}", markup=False)  # a name may look like rich's markup
+        self._width = width
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.truncate(max(10, self._width - _LEAST), overflow="ellipsis")
+        return text
+
+
 class _Rate(ProgressColumn):
+    """On one line: beside a long name on a narrow terminal the unit is left out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._width = width
+
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.1f} {task.fields['unit']}/s" if speed else "", style="cyan")
+        unit = f" {task.fields['unit']}" if len(task.description) + _REST <= self._width else ""
+        return Text(f"{speed:,.1f}{unit}/s" if speed else "", style="cyan")
 
 
 class Bar:
@@ -83,11 +106,11 @@ def progress(what: str, total: int, unit: str = "images", *, done: int = 0) -> I
         yield Bar(what, total, unit, done, Progress(disable=True))
     elif console.is_terminal:
         columns = (
-            TextColumn("{task.description}", markup=False),  # a name may look like rich's markup
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeRemainingColumn(),
+            _Name(console.width),
+            BarColumn(),  # the one that shrinks
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            _Rate(console.width),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
         )
         with Progress(*columns, console=console, transient=True) as bar:
             yield Bar(what, total, unit, done, bar)
