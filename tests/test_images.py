@@ -135,7 +135,7 @@ def test_some_images_without_a_patient_are_named(tmp_path: Path) -> None:
         ("", ["not a CSV manifest"]),
         ("\n\n", ["not a CSV manifest"]),
         ("path,label\n", ["no rows"]),
-        ("path,class\na.png,x\n", ["no column label", "path, class"]),
+        ("path,class\na.png,x\n", ["no column label", "path, class; rename"]),
         ("path,label\na.png,x,more\n", ["not a CSV manifest", "line 2"]),
         ('path,label\n"a.png,x\n', ["not a CSV manifest"]),
         ("path,label,label\na.png,x,y\n", ["column label", "twice"]),

@@ -320,7 +320,7 @@ def _from_manifest(file: Path, needed: Sequence[str] = ("path", "label")) -> pd.
     if repeated := sorted({c for c in frame.columns if list(frame.columns).count(c) > 1 and c in COLUMNS}):
         raise BadInput(f"{file}: column {few(repeated)} is there twice")
     if missing := [c for c in needed if c not in frame]:
-        raise BadInput(f"{file}: no column {few(missing)}; it has {few(frame.columns, 12)}")
+        raise BadInput(f"{file}: no column {few(missing)}; it has {few(frame.columns, 12)}; rename what is meant")
     if not len(frame):
         raise BadInput(f"{file}: no rows")
     if len(empty := frame.index[(frame[list(needed)] == "").any(axis=1)]):
@@ -402,7 +402,7 @@ def _inside(file: Path, row: int, path: str) -> str:
     root = os.path.abspath(file.parent)
     whole = os.path.abspath(os.path.join(root, path))
     if os.path.commonpath([root, whole]) != root or whole == root:
-        raise BadInput(f"{file}: row {row}: {path!r} lies outside {file.parent}; put the manifest above its images")
+        raise BadInput(f"{file}: row {row}: {path!r} lies outside {root}; put the manifest above its images")
     return os.path.relpath(whole, root).replace(os.sep, "/")
 
 
