@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -436,6 +437,14 @@ def test_status_and_line_of_a_process() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith('histill: Unknown command "predikt". Did you mean "predict"?')
     assert done.stderr.count("\n") == 1
+
+
+def test_help_says_what_the_teacher_gets_where_nothing_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["distill", "dsnet", "--help"]) == 0
+    said = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert re.search(r"--teacher-network STR [^(]*\(as in the paper\)[^(]*\(default: resnet50\)", said)
+    assert re.search(r"--teacher-epochs INT the teacher's \(default: --epochs if given, else 30\)", said)
+    assert re.search(r"--teacher-lr FLOAT the teacher's; learning rate of Adam \(default: 0\.0001\)", said)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -158,8 +158,16 @@ def altered(run: Run, folder: Path, change: Any) -> Path:
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(BadInput, match="not a run folder"):
+        with pytest.raises(BadInput, match=r"not a run folder \(no run\.json in it\)$"):
             Run.open(path)
+
+
+def test_where_the_runs_lie_deeper_they_are_named(tmp_path: Path) -> None:
+    for name in ("student_distilled", "seed0/teacher"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "run.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"; there are \S+/seed0/teacher, \S+/student_distilled$"):
+        Run.open(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00", "[" * 100_000, "nan", "null", "[]", '"x"', "{}", '{"network": 3}'])

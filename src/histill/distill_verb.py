@@ -17,6 +17,16 @@ from histill.progress import say
 __all__ = ["distill_command", "summary_lines"]
 
 
+def _of_teacher(shared: str, help_: str, default: Any) -> str:
+    """The help of a flag of the teacher, with its default; ``shared``: the student's flag that is taken before it."""
+    else_ = "" if default is None else f"{default}"
+    if shared:
+        student = f"--{shared.replace('_', '-')} if given"
+        return f"the teacher's (default: {student}{f', else {else_}' if else_ else ''})."
+    said = "" if not else_ or "(default:" in help_ else f" (default: {else_})"
+    return f"the teacher's; {help_.removesuffix('.')}{said}."
+
+
 def distill_command(name: str) -> Any:
     from histill.distill import ALWAYS_SHARED, SHARED
     from histill.experiment import load_recipe, parts
@@ -37,9 +47,9 @@ def distill_command(name: str) -> Any:
         f"teacher_{n}": (
             t | None,
             None,
-            f"the teacher's; {h}" if n not in SHARED else f"the teacher's (default: --{n.replace('_', '-')} if given).",
+            _of_teacher(n if n in SHARED else "", h, default),
         )
-        for n, (t, _, h) in teacher.items()
+        for n, (t, default, h) in teacher.items()
         if n not in ("seed", *ALWAYS_SHARED)
     }
     extra = {

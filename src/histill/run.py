@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from histill.data.images import Images
+from histill.data.images import Images, few
 from histill.errors import BadInput, HistillError
 from histill.files import read_json
 
@@ -56,7 +56,9 @@ class Run:
         """
         path = Path(path)
         if not (path / "run.json").is_file():
-            raise BadInput(f"{path}: not a run folder (no run.json in it)")
+            runs = sorted(found.parent for level in ("*", "*/*") for found in path.glob(f"{level}/run.json"))
+            there = f"; there are {few(runs)}" if runs else ""
+            raise BadInput(f"{path}: not a run folder (no run.json in it){there}")
         info = read_json(path / "run.json")
         try:
             network = info["network"]
