@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import histill as hs
 from histill.data import Images, pack
 from histill.deploy import TorchPredictor
 from histill.errors import BadInput
+from histill.evaluate.finish import finish
 from histill.experiment import load_file as load_code
 from histill.models import DSNet
 from histill.recipes import dsnet
@@ -95,6 +97,24 @@ def test_figures_lie_in_their_intervals(run: Run) -> None:
             figure = run.metrics[split][name]
             assert figure["low"] <= figure["value"] <= figure["high"], name
     assert run.metrics["temperature"] > 0
+
+
+def test_a_confidence_that_says_nothing_is_said(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    said = pd.read_parquet(tmp_path / "run" / "predictions.parquet")
+    names = said["label"].unique()
+    for name, other in zip(names, names[::-1]):
+        rows = said["label"] == name
+        sure = np.arange(rows.sum()) % 2 == 0  # right in every other image, and always sure
+        said.loc[rows, f"prob_{name}"], said.loc[rows, f"prob_{other}"] = (
+            np.where(sure, 0.99, 0.01),
+            np.where(sure, 0.01, 0.99),
+        )
+    said.to_parquet(tmp_path / "run" / "predictions.parquet", index=False)
+    finish(tmp_path / "run", run.info)
+    line = "The network&#39;s confidence says nothing there"
+    assert line in (tmp_path / "run" / "report.html").read_text()
+    assert line not in (run.path / "report.html").read_text()
 
 
 def test_opened_again_it_is_the_network_that_was_judged(run: Run, data: Images) -> None:

@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 EXTRA = ("macro_precision", "f1_of_means")
+_NO_CONFIDENCE = 20.0
+"""A temperature at which probabilities of 1 in a thousand and of 999 in a thousand become 41 and 59 %."""
 
 
 def predictions(
@@ -176,13 +178,18 @@ def finish(out: Path, info: dict[str, Any]) -> None:
         metrics[split] = figures_with_intervals(found, names=[*(n for n in METRICS if n != "agreement"), *EXTRA])
         metrics[split]["per_class"] = per_class_table(found, classes)
         metrics[split]["confusion"] = confusion(found).tolist()
-    tables = []
+    tables, notices = [], list(info["notices"])
     if by_split:
         last, judged = list(by_split.items())[-1]
         if "val" in by_split:
             val = by_split["val"]
             temperature = fit_temperature(np.log(np.clip(val.probabilities, 1e-12, None)), val.labels)
             metrics["temperature"] = temperature
+            if temperature > _NO_CONFIDENCE:
+                notices.append(
+                    f"The temperature that fits validation is {temperature:.3g}: calibrated, every probability is "
+                    "nearly the same. The network's confidence says nothing there."
+                )
             calm = tempered(judged, temperature)
             metrics[last]["ece_calibrated"] = figures_with_intervals(calm, names=["ece"])["ece"]
             diagrams = {"as trained": reliability(judged), f"temperature {temperature:.2f}": reliability(calm)}
@@ -211,7 +218,7 @@ def finish(out: Path, info: dict[str, Any]) -> None:
             tables=tables,
             settings=settings(info),
             versions=info["versions"] | {"device": info["device"], "data": info["data"]["hash"][:12]},
-            notices=info["notices"],
+            notices=notices,
         )
 
 
