@@ -365,7 +365,7 @@ def test_arguments_of_the_other_commands(refused, tmp_path: Path, trained: Path,
     refused(["evaluate", trained, "--data", folder({"a": 2, "z": 2}, name="other")], "was not trained on: z")
     refused(["compare", trained], "two runs or more")
     refused(["compare", trained, trained, "--split", "train"], "--split")
-    refused(["bench"], "a run, an .onnx or a TorchScript file")
+    refused(["bench"], "a run, an .onnx, an .xml of OpenVINO or a TorchScript file")
     refused(["bench", trained, "--seconds", "0"], "--seconds")
     refused(["export", trained, "--format", "gguf"], "--format", "onnx")
     refused(["export", trained, "--format", "qupath", "--out", tmp_path / "q"], "--mpp")
