@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import logging
 import os
@@ -53,7 +54,18 @@ def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fa
     except ValueError as error:
         raise BadInput(f"--device {device} --precision {precision}: {str(error).splitlines()[0]}") from None
     fabric.launch()
+    if world > 1:
+        atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Leave the other processes: Gloo's threads that live on at the end of the process abort it, now and then.
+
+    Lightning does so for NCCL alone.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _processes() -> tuple[int, int, ClusterEnvironment]:
