@@ -41,11 +41,10 @@ def cache_command(name: str) -> Any:
 
 def _cache(function: Callable[..., Any], flags: Any, values: dict[str, Any]) -> None:
     from histill.fill import fill
-    from histill.held import check_finite
+    from histill.held import filled
     from histill.verbs import experiment_of, takes_data
 
-    values = {n: d for n, (_, d, _) in flags.items()} | values
-    check_finite(values)
+    values = filled(flags, values)
     needed = "data" if takes_data(function) else "unlabelled"
     if values[needed] is None:
         raise BadInput(LACKING[needed])

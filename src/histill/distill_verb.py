@@ -11,7 +11,7 @@ from histill.errors import BadInput
 from histill.files import write_json
 from histill.flags import LACKING, SPLIT, WORDS, command_of, common, merged, read_data, signature_flags
 from histill.given_slides import cut_in_place, cut_unlabelled, judge_on_slides
-from histill.held import agreed, check_finite, check_free, check_trains, given_back, read_record
+from histill.held import agreed, check_free, check_trains, filled, given_back, read_record
 from histill.progress import say
 
 __all__ = ["distill_command", "summary_lines"]
@@ -67,27 +67,32 @@ def distill_command(name: str) -> Any:
     return command_of(doc, flags, lambda values: _distill(name, list(student), list(teacher), flags, values))
 
 
+def _begun(out: Path, given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with which ``out`` is begun or gone on with, its patches cut; empty where it is finished."""
+    if values["resume"]:
+        recorded = read_record(out, "distill.json")
+        if (out / "summary.json").is_file():
+            say(f"{out} is finished; nothing to do")
+            return {}
+        values = agreed(given, values, recorded["arguments"])
+    else:
+        check_free(out)
+    cut_in_place(out, values)
+    return values
+
+
 def _distill(name: str, student: list[str], teacher: list[str], flags: Any, values: dict[str, Any]) -> None:
     from histill.data.packed import pack
     from histill.distill import SHARED, distill, teacher_arguments
     from histill.experiment import load_recipe, plain
 
-    given = values
-    values = {n: d for n, (_, d, _) in flags.items()} | given
+    given, values = values, filled(flags, values)
     out: Path = values.pop("out")
-    check_finite(values)
     for name_ in SHARED:  # what was given for the student holds for its teacher, unless --teacher-... says otherwise
         if name_ in given and values.get(f"teacher_{name_}", ...) is None:
             values[f"teacher_{name_}"] = given[name_]
-    if values["resume"]:
-        recorded = read_record(out, "distill.json")
-        if (out / "summary.json").is_file():
-            say(f"{out} is finished; nothing to do")
-            return
-        values = agreed(given, values, recorded["arguments"])
-    else:
-        check_free(out)
-    cut_in_place(out, values)
+    if not (values := _begun(out, given, values)):
+        return
     if values["data"] is None:
         raise BadInput(LACKING["data"])
     record = {n: plain(v) for n, v in values.items() if n != "resume"}
@@ -141,19 +146,10 @@ def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: d
     from histill.experiment import plain
     from histill.transfer import transfer
 
-    given = values
-    values = {n: d for n, (_, d, _) in flags.items()} | given
+    given, values = values, filled(flags, values)
     out: Path = values.pop("out")
-    check_finite(values)
-    if values["resume"]:
-        recorded = read_record(out, "distill.json")
-        if (out / "summary.json").is_file():
-            say(f"{out} is finished; nothing to do")
-            return
-        values = agreed(given, values, recorded["arguments"])
-    else:
-        check_free(out)
-    cut_in_place(out, values)
+    if not (values := _begun(out, given, values)):
+        return
     if values["slides"] and values["masks"] and values["unlabelled"] is None:
         values["unlabelled"] = cut_unlabelled(out, values)
     alone = values["unlabelled"] is None and values["data"] is not None and _only_images(Path(values["data"]))

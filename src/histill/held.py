@@ -12,7 +12,7 @@ from typing import Any
 from histill.errors import BadInput, HistillError
 from histill.files import read_json
 
-__all__ = ["agreed", "check_finite", "check_free", "check_trains", "given_back", "read_record"]
+__all__ = ["agreed", "check_free", "check_trains", "filled", "given_back", "read_record"]
 
 
 def read_record(out: Path, file: str) -> dict[str, Any]:
@@ -68,11 +68,13 @@ def given_back(out: Path, resume: bool) -> Iterator[None]:
         raise
 
 
-def check_finite(values: dict[str, Any]) -> None:
-    """Refuse infinities and what is no number."""
+def filled(flags: dict[str, tuple[Any, Any, str]], given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, and the defaults of the rest; `BadInput` for infinities and what is no number."""
+    values = {name: default for name, (_, default, _) in flags.items()} | given
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise BadInput(f"--{name.replace('_', '-')} {value}: give a finite number")
+    return values
 
 
 def check_trains(experiment: Any) -> None:

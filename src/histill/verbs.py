@@ -12,7 +12,7 @@ from histill.distill_verb import distill_command
 from histill.errors import BadInput
 from histill.flags import COMMON, LACKING, SLIDES, SPLIT, WORDS, command_of, common, merged, read_data, signature_flags
 from histill.given_slides import cut_in_place, processes
-from histill.held import agreed, check_finite, check_free, check_trains, read_record
+from histill.held import agreed, check_free, check_trains, filled, read_record
 from histill.progress import say
 
 __all__ = ["experiment_of", "recipe_command", "takes_data"]
@@ -112,10 +112,8 @@ def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str
     from histill.experiment import plain
     from histill.loop import train
 
-    given = values
-    values = {n: d for n, (_, d, _) in flags.items()} | given
+    given, values = values, filled(flags, values)
     out: Path = values.pop("out")
-    check_finite(values)
     if values["resume"]:
         recorded = read_record(out, "run.json")
         if recorded["status"] == "finished":
