@@ -108,7 +108,9 @@ class State:
 def _whole(folder: Path) -> bool:
     """Whether every file that ``slide.json`` names is there, and not empty."""
     layers = read_json(folder / "slide.json").get("layers")
-    paths = [folder / str(name) for name in layers.values()] if isinstance(layers, dict) else [folder / "none"]
+    if not isinstance(layers, dict):
+        return False
+    paths = [folder / str(name) for name in layers.values()]
     return all(path.is_file() and path.stat().st_size for path in paths)
 
 
