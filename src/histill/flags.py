@@ -48,7 +48,12 @@ COMMON: tuple[tuple[str, Any, Any, str], ...] = (
         "training slides.",
     ),
     ("masks", Path | None, None, "a folder with a mask image or QuPath GeoJSON for each slide."),
-    ("slide_mpp", float | None, None, "microns per pixel of every slide; told where a file says another."),
+    (
+        "slide_mpp",
+        float | None,
+        None,
+        "microns per pixel, for every slide; a note is printed where a file says another.",
+    ),
     ("device", str, "auto", "auto, cpu, cuda or mps."),
     ("precision", str, "auto", "auto, 32-true, bf16-mixed, ... (Lightning Fabric's names)."),
     ("resume", bool, False, "go on with what --out holds; needs --out alone."),
