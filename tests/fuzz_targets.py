@@ -28,7 +28,7 @@ from slide_files import picture
 
 from histill.data.archives import unpack
 from histill.data.decode import decode
-from histill.data.images import Images, read_images
+from histill.data.images import Images, complete, read_images
 from histill.data.splits import split
 from histill.deploy.early_exit import open_exits
 from histill.deploy.predictor import _read_card
@@ -357,7 +357,7 @@ def _embedding(value: Any, folder: Path) -> None:
     suffix, data = seeds.embeddings()[value[0]]
     (folder / "e.txt").write_text("a\nb\nc\nd\n")
     read = Embeddings(_write(folder / f"e{suffix}", bend(data, value[1])))
-    images = Images(pd.DataFrame({"path": list(read._where)[:2], "label": ""}), folder, ())
+    images = Images(complete(pd.DataFrame({"path": list(read._where)[:2]})), folder, ())
     read.of(images)
 
 

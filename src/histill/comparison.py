@@ -24,7 +24,7 @@ __all__ = ["Comparison", "compare"]
 _SHOWN = ("accuracy", "balanced_accuracy", "auroc", "ece", "miou", "mdice", "object_f1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What `compare` found; prints as a table.
 
@@ -56,6 +56,8 @@ class Comparison:
         lines.append(f"\n{comparisons(each)}")
         return "\n".join(line.rstrip() for line in lines)
 
+    __repr__ = __str__  # at a prompt and in a notebook
+
 
 def compare(*runs: Run | str | Path, split: str = "test") -> Comparison:
     """Compare runs on the same images; the first is what the others are compared with.
@@ -67,6 +69,8 @@ def compare(*runs: Run | str | Path, split: str = "test") -> Comparison:
     Raises:
         BadInput: fewer than two runs, other classes, or other images.
     """
+    if wrong := [run for run in runs if not isinstance(run, Run | str | Path)]:
+        raise BadInput(f"compare: give runs or their folders one by one; this is of type {type(wrong[0]).__name__}")
     opened = [run if isinstance(run, Run) else Run.open(run) for run in runs]
     if len(opened) < 2:
         raise BadInput("compare needs two runs or more")

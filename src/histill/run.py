@@ -28,7 +28,7 @@ _MOST_SIZE = 8192  # pixels of a side
 _MOST_TIMES, _SMALL_BYTES = 100, 64 << 20  # a table's size in memory, by its file's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run folder.
 
@@ -71,6 +71,10 @@ class Run:
             why = f"{type(error).__name__}: {str(error)[:200]}"
             raise BadInput(f"{path / 'run.json'}: not a run of Histill ({why})") from None
         return cls(path, info, without_weights(build))
+
+    def __repr__(self) -> str:
+        network, status = self.info["network"]["function"].rsplit(":")[-1], self.info["status"]
+        return f"Run({str(self.path)!r}: {network}, {self.image_size} px, {few(self.classes)}; {status})"
 
     @property
     def classes(self) -> tuple[str, ...]:

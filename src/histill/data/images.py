@@ -51,7 +51,7 @@ _SPLIT_NAMES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Images:
     """A table of images.
 
@@ -72,8 +72,22 @@ class Images:
     notices: tuple[str, ...] = ()
     masks: Literal["", "classes", "instances"] = ""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.frame, pd.DataFrame) or (lacking := {*COLUMNS[:4], "content"} - set(self.frame)):
+            what = f"no column {few(sorted(lacking))}" if isinstance(self.frame, pd.DataFrame) else "not a table"
+            raise BadInput(f"Images: {what}; histill.read_images makes one from a folder or a CSV file")
+        object.__setattr__(self, "root", Path(self.root))
+        object.__setattr__(self, "classes", tuple(self.classes))
+
     def __len__(self) -> int:
         return len(self.frame)
+
+    def __repr__(self) -> str:
+        counts = {split or "no split": int((self.frame["split"] == split).sum()) for split in (*SPLITS, "")}
+        parts = ", ".join(f"{number} {split}" for split, number in counts.items() if number)
+        patients = f", {self.frame['patient'].replace('', None).nunique()} patients" if self.has_patients else ""
+        masks = f", masks of {self.masks}" if self.masks else ""
+        return f"Images({len(self)} of {few(self.classes) or 'no classes'}: {parts}{patients}{masks}; {self.root})"
 
     @property
     def has_patients(self) -> bool:
@@ -101,7 +115,9 @@ class Images:
         return [self.root / path for path in self.frame["path"]]
 
     def rows(self, split: str) -> list[int]:
-        """The row numbers of a split."""
+        """The row numbers of a split; `BadInput` where it is none of `SPLITS`."""
+        if split not in SPLITS:
+            raise BadInput(f"split {split!r}: one of {', '.join(SPLITS)}")
         return [int(i) for i in (self.frame["split"] == split).to_numpy().nonzero()[0]]
 
     def with_frame(self, frame: pd.DataFrame, *notices: str) -> Images:
@@ -145,6 +161,16 @@ def few(names: Iterable[object], most: int = 5) -> str:
     return ", ".join(listed[:most]) + more
 
 
+def given_path(source: object, function: str) -> Path:
+    """What ``function`` was given, where it is a path; else a line that says what is."""
+    if isinstance(source, str | os.PathLike):
+        return Path(source)
+    remedy = "; write it with to_csv(..., index=False) beside its images" if isinstance(source, pd.DataFrame) else ""
+    raise BadInput(
+        f"{function}: give the path of a folder or a CSV file; this is of type {type(source).__name__}{remedy}"
+    )
+
+
 def of_each(paths: Sequence[S], function: Callable[[S], T], what: str) -> Iterator[T]:
     """``function`` of each path, in order, by threads and under a bar; 64 at a time, however many there are."""
     with progress(what, len(paths)) as bar, ThreadPoolExecutor() as pool:
@@ -168,7 +194,7 @@ def read_images(source: str | Path, *, patient: str | None = None) -> Images:
         BadInput: nothing there, an empty class, one class only, a manifest that is malformed, a path that is missing
             or leaves the folder, one image with two labels.
     """
-    source = Path(source)
+    source = given_path(source, "read_images")
     if source.is_dir():
         frame = _from_folder(source)
         root = source
@@ -213,7 +239,7 @@ def read_unlabelled(folder: str | Path) -> Images:
     Raises:
         BadInput: no folder, or no image in it.
     """
-    root = Path(folder)
+    root = given_path(folder, "read_unlabelled")
     if not root.is_dir():
         raise BadInput(f"--unlabelled {root}: no such folder")
     paths = images_below(root)

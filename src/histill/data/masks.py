@@ -21,6 +21,7 @@ from histill.data.images import (
     _patients,
     check_leaks,
     few,
+    given_path,
     images_below,
     of_each,
 )
@@ -83,7 +84,7 @@ def read_masks(
         BadInput: as `read_images`; also a mask that is missing, unreadable, of another size than its image, or holds
             more classes than there are names.
     """
-    source = Path(source)
+    source = given_path(source, "read_masks")
     if source.is_dir():
         root, frame = source, _from_folders(source)
     elif source.is_file():

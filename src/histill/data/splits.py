@@ -38,6 +38,8 @@ def split(
         BadInput: shares outside [0, 1), a class with too few patients to be in every part, images without a site, or a
             patient of two sites that were divided.
     """
+    if not isinstance(data, Images):
+        raise BadInput(f"split: give what histill.read_images returns; this is of type {type(data).__name__}")
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
         raise BadInput(f"val={val} and test={test}: shares must be at least 0 and together below 1")
     if not 0 <= seed < 2**63:
@@ -46,6 +48,8 @@ def split(
         raise BadInput(f"by={by!r}: patient or site")
     if by == "site" and len(nowhere := data.frame["path"][data.frame["site"] == ""]):
         raise BadInput(f"by='site': {len(nowhere)} images have no site: {few(nowhere)}")
+    if len(unknown := data.frame["path"][data.frame["patient"].isna()]):
+        raise BadInput(f"{len(unknown)} images have NaN for a patient: {few(unknown)}; one that is unknown is ''")
     units = data.units if by == "patient" else data.frame["site"]
     frame = data.frame.copy()
     given = set(frame["split"]) - {""}

@@ -246,12 +246,12 @@ def _table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def open_any(model: str | Path, *, device: str = "cpu", code: Path | None = None) -> Predictor:
-    """A run folder on a device, or on the CPU a folder of exit segments, an ``.onnx`` or a TorchScript file."""
-    path, found = Path(model), find_device(device)
-    exits = (path / "exits.json").is_file()
+def open_any(model: Run | str | Path, *, device: str = "cpu", code: Path | None = None) -> Predictor:
+    """A run or its folder on a device, or on the CPU a folder of exit segments, an ``.onnx`` or a TorchScript file."""
+    path, found = model.path if isinstance(model, Run) else Path(model), find_device(device)
+    exits = not isinstance(model, Run) and (path / "exits.json").is_file()
     if path.is_dir() and not exits:
-        run = Run.open(path, code=code)
+        run = model if isinstance(model, Run) else Run.open(path, code=code)
         return TorchPredictor(run.network().to(found), run.classes, run.image_size, temperature=run.temperature)
     if found.type != "cpu" and device != "auto":
         notice(f"{path} was exported, and runs on the CPU; --device {device} is for runs")

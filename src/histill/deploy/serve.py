@@ -29,7 +29,7 @@ Row: TypeAlias = dict[str, Any]
 
 
 def predict(
-    model: str | Path,
+    model: Run | str | Path,
     images: str | Path,
     out: str | Path | None = None,
     *,
@@ -44,7 +44,7 @@ def predict(
     sees of an image is told in `histill.deploy.outline.outline_folder`.
 
     Args:
-        model: a run, an ``.onnx`` or a TorchScript file, or the folder of an export with early exit.
+        model: a run or its folder, an ``.onnx`` or a TorchScript file, or the folder of an export with early exit.
         images: an image, a folder or a CSV file with a column ``path``, and where known ``mpp``, microns per pixel.
         out: a ``.csv`` or ``.parquet`` file to write, atomically. Of a network that outlines also, beside ``NAME.csv``,
             the folders ``NAME.masks`` (PNG at the images' own size: class numbers with a palette, or 16-bit numbers of
@@ -71,13 +71,14 @@ def predict(
         raise BadInput(f"--out {out} is the list of the images itself; give another file")
     root, paths = _listed(Path(images))
     predictor = open_any(model, device=device, code=code)
+    model = model.path if isinstance(model, Run) else Path(model)
     dimensions = predictor.logits(_one(predictor.image_size)).ndim if predictor.classes else 0
     if dimensions not in (2, 4):
         raise BadInput(
             f"{model} does not sort images into classes, nor outline them; predict gives each image a class or a mask"
         )
     if dimensions == 4:
-        rows, failed = _outlined(predictor, Path(model), Path(images), root, paths, out, batch_size)
+        rows, failed = _outlined(predictor, model, Path(images), root, paths, out, batch_size)
     else:
         rows, failed = _classified(predictor, root, paths, batch_size)
     if failed and (strict or not rows):
