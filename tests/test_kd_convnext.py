@@ -21,7 +21,8 @@ from histill.data import Images, read_images, split
 from histill.errors import BadInput
 from histill.models import Regressors
 from histill.recipes import kd_convnext
-from histill.recipes.kd_convnext import Distilled, channel_norm, class_weights, probe, pyramid, stages
+from histill.recipes._start import shapes as shapes_of
+from histill.recipes.kd_convnext import Distilled, channel_norm, class_weights, pyramid, stages
 from histill.teachers import Frozen
 from histill.types import Batch, Outputs, total
 
@@ -164,7 +165,7 @@ def test_the_papers_networks_have_its_stages_and_the_known_parameters(data: Imag
         with torch.device("meta"):
             network = make()
         assert sum(p.numel() for p in network.parameters()) == parameters, name
-        shapes[name] = [tuple(f.shape[1:]) for f in pyramid(probe(make, 224))]
+        shapes[name] = [tuple(f.shape[1:]) for f in pyramid(shapes_of(make, 224))]
     assert shapes["convnext_tiny"] == [(96, 56, 56), (192, 28, 28), (384, 14, 14), (768, 7, 7)]
     assert shapes["swin_tiny_patch4_window7_224"] == shapes["davit_tiny"] == shapes["coatnet_0_rw_224"]
     assert [s[1] for s in shapes["efficientnetv2_s"]] == [56, 28, 14, 7]
@@ -174,7 +175,7 @@ def test_the_papers_networks_have_its_stages_and_the_known_parameters(data: Imag
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "coatnet_0_rw_224", "davit_tiny", "convnext_tiny"])
 def test_networks_with_windows_or_positions_take_other_sizes(data: Images, name: str) -> None:
-    assert probe(kd_convnext.network_for(name, data, 64, "none"), 64)["logits"].shape == (1, 2)
+    assert shapes_of(kd_convnext.network_for(name, data, 64, "none"), 64)["logits"].shape == (1, 2)
 
 
 def test_the_stages_that_are_compared_are_the_last_four() -> None:

@@ -8,10 +8,11 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from histill.errors import BadInput
 
-__all__ = ["constant", "kl", "mean_labelled", "precise", "rows", "unit"]
+__all__ = ["constant", "kl", "mean_labelled", "precise", "rows", "same_size", "unit"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,6 +71,14 @@ def rows(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
             "give (B, C, ...) logits and (B, ...) class numbers"
         )
     return logits.movedim(1, -1).flatten(0, -2), label.flatten()
+
+
+def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """``(B, C, H, W)`` maps, both at the smaller of their sizes: the larger is average-pooled."""
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    # Pooling to the same size changes nothing, but on CUDA its backward has no deterministic form.
+    student, teacher = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
+    return student, teacher
 
 
 def mean_labelled(values: Tensor, label: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from histill.errors import BadInput
-from histill.losses._shared import constant, precise, unit
+from histill.losses._shared import constant, precise, same_size, unit
 
 __all__ = ["AB", "VID", "ReviewKD", "attention_transfer", "hint"]
 
@@ -47,16 +47,8 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
         student: ``(B, C_s, H_s, W_s)`` features.
         teacher: ``(B, C_t, H_t, W_t)`` features.
     """
-    q_s, q_t = _same_size(student.square().mean(1, keepdim=True), teacher.square().mean(1, keepdim=True))
+    q_s, q_t = same_size(student.square().mean(1, keepdim=True), teacher.square().mean(1, keepdim=True))
     return hint(unit(q_s.flatten(1)), unit(q_t.flatten(1)))
-
-
-def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps at the smaller of their sizes."""
-    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    # Pooling to the same size changes nothing, but on CUDA its backward has no deterministic form.
-    student, teacher = (x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student, teacher))
-    return student, teacher
 
 
 class VID(nn.Module):
@@ -84,7 +76,7 @@ class VID(nn.Module):
     @precise
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """``(B, C_s, H_s, W_s)`` and ``(B, C_t, H_t, W_t)`` features -> scalar."""
-        student, teacher = _same_size(student, teacher)
+        student, teacher = same_size(student, teacher)
         mean: Tensor = self.mean(student)
         variance = (F.softplus(self.scale) + self.floor)[:, None, None]
         return ((constant(mean, teacher) - mean).square() / variance + variance.log()).mean() / 2

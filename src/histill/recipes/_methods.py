@@ -9,7 +9,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from histill.files import digest
@@ -33,6 +32,7 @@ from histill.losses import (
     rkd_distance,
     similarity,
 )
+from histill.losses._shared import same_size
 from histill.teachers import Keyed
 from histill.types import Batch, Objective, Outputs, Terms
 
@@ -135,7 +135,7 @@ class FitNet(nn.Module):
         self.regress = nn.Sequential(nn.Conv2d(ours, theirs, 1), nn.BatchNorm2d(theirs))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
-        f_s, f_t = _fitted(student[self.stage[0]], teacher[self.stage[1]])
+        f_s, f_t = same_size(student[self.stage[0]], teacher[self.stage[1]])
         return {**labels_alone(student, teacher, batch), "hint": (100.0, hint(self.regress(f_s), f_t))}
 
 
@@ -188,17 +188,9 @@ class Boundaries(nn.Module):
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
         terms = {}
         for above, (loss, (s, t)) in enumerate(zip(reversed(self.losses), reversed(self.stages), strict=True)):
-            f_s, f_t = _fitted(student[s], teacher[t])
+            f_s, f_t = same_size(student[s], teacher[t])
             terms[s] = (0.003 * 0.5**above * f_t[0].numel(), loss(f_s, f_t))
         return terms
-
-
-def _fitted(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps at the smaller of their sizes, where the teacher looks at larger images."""
-    height, width = min(tuple(student.shape[2:]), tuple(teacher.shape[2:]))
-    if student.shape[2:] != teacher.shape[2:]:
-        student, teacher = (F.adaptive_avg_pool2d(x, (height, width)) for x in (student, teacher))
-    return student, teacher
 
 
 # Relations between the images of a batch

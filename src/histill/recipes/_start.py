@@ -1,18 +1,21 @@
-"""How a recipe's network starts: ImageNet, a file, or from scratch."""
+"""How a recipe's network starts (ImageNet, a file, from scratch), and which outputs it and its teacher have."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from histill.errors import BadInput, Failed
 from histill.models import CSAT, ResNet18SAT, StrideNet, Timm
 from histill.models.adapter import create
 from histill.progress import notice
+from histill.run import without_weights
+from histill.types import Batch, Outputs
 
-__all__ = ["backbone", "sized", "start"]
+__all__ = ["backbone", "blank", "shapes", "sized", "start"]
 
 
 def start(make: partial[nn.Module], weights: str) -> partial[nn.Module]:
@@ -59,3 +62,20 @@ def sized(network: str, image_size: int) -> dict[str, int]:
     embed = getattr(create(network, 0, pretrained=False), "patch_embed", None)
     fixed = getattr(embed, "img_size", None)
     return {} if fixed is None or fixed[0] == image_size else {"img_size": image_size}
+
+
+def shapes(make: partial[nn.Module], image_size: int) -> Outputs:
+    """What a network would say of one image, in shapes alone: nothing is computed and no weights are read."""
+    with torch.device("meta"):
+        network = without_weights(make)().eval()
+        return Outputs(network(torch.empty(1, 3, image_size, image_size)))
+
+
+def blank(image_size: int) -> Batch:
+    """A batch of one black image without a label, to ask a teacher for its names and shapes."""
+
+    def black(size: int) -> Tensor:
+        return torch.zeros(1, 3, size, size)
+
+    zero = torch.zeros(1, dtype=torch.long)
+    return Batch(black(image_size), zero - 1, zero, zero, black)

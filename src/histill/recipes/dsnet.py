@@ -189,8 +189,6 @@ def student(
         raise BadInput(f"--alpha {alpha}: between 0 and 1")
     if temperature <= 0:
         raise BadInput(f"--temperature {temperature}: above 0")
-    if unlabelled is not None and teacher is None:
-        unlabelled = None  # without a teacher there is nothing to learn from an image without a label
     if teacher is None:
         objective: Objective = hard
     elif compat == "notebook":
@@ -205,7 +203,7 @@ def student(
         student=_network(network, data, image_size, weights),
         objective=objective,
         teacher=None if teacher is None else as_teacher(teacher, data.classes),
-        unlabelled=unlabelled,
+        unlabelled=None if teacher is None else unlabelled,  # without a teacher such an image teaches nothing
         image_size=image_size,
         augment=_augment(augment),
         views=views,

@@ -24,12 +24,12 @@ from histill.embeddings import Embeddings, Several, Standardised, bound, open_te
 from histill.errors import BadInput
 from histill.experiment import Experiment, recipe
 from histill.losses import Projection, cosine, hint, rkd_distance, smooth_l1
+from histill.losses._shared import same_size
 from histill.losses.embedding import check_nested
-from histill.losses.feature import _same_size
 from histill.pretrain.lars import adamw
-from histill.recipes._start import backbone, start
+from histill.recipes._start import backbone, shapes, start
 from histill.recipes.rckd import finetune
-from histill.run import Run, without_weights
+from histill.run import Run
 from histill.schedules import warm_cosine
 from histill.teachers import Keyed
 from histill.types import Batch, Outputs, Terms
@@ -92,7 +92,7 @@ class Matched(nn.Module):
                 loss = torch.stack([rkd_distance(z[:, :m], e) for m in self.widths]).sum()
                 terms[f"relation{t}"] = (self.share, loss)
         for t, projected in enumerate(self.maps):
-            pair = _same_size(projected(last_map(student)), teacher[f"tokens{t}"])
+            pair = same_size(projected(last_map(student)), teacher[f"tokens{t}"])
             terms[f"tokens{t}"] = (self.share, smooth_l1(*pair))
         return terms
 
@@ -167,7 +167,7 @@ def pretrain(
     if unlabelled.classes:
         raise BadInput("foundation.pretrain takes images without labels (read_unlabelled); labels are for fine-tuning")
     make = backbone(network, image_size, 0)
-    own = _said(make, image_size)
+    own = shapes(make, image_size)
     channels = last_map(own).shape[1] if targets != "pooled" else None
     check_nested(own["pooled"].shape[1], nested)
 
@@ -200,13 +200,6 @@ def pretrain(
         strict=strict,
         seed=seed,
     )
-
-
-def _said(make: partial[nn.Module], image_size: int) -> Outputs:
-    """What the student says of one image, in shapes alone."""
-    with torch.device("meta"):
-        network = without_weights(make)().eval()
-        return Outputs(network(torch.empty(1, 3, image_size, image_size)))
 
 
 def _widths(teachers: Sequence[Standardised], output: str) -> list[int]:

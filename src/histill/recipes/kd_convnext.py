@@ -25,11 +25,10 @@ from histill.data.views import NONE, Augment
 from histill.errors import BadInput
 from histill.experiment import Experiment, recipe
 from histill.losses import focal, hint, soft_cross_entropy
-from histill.losses._shared import precise
-from histill.losses.feature import _same_size
+from histill.losses._shared import precise, same_size
 from histill.models import Regressors, Timm
 from histill.models.adapter import create
-from histill.recipes._start import start
+from histill.recipes._start import blank, shapes, start
 from histill.run import Run
 from histill.schedules import Schedule, constant, warm_cosine
 from histill.teachers import Keyed, as_teacher
@@ -84,7 +83,7 @@ class Distilled(nn.Module):
         z_s, terms = student["logits"], {}
         if self.phi is not None:  # Eq. 1: sum over the stages of mean (phi_t(f_t) - phi_s(f_s))^2
             f_s, f_t = self.phi(pyramid(student)), [self.phi_t(f) for f in pyramid(teacher)]
-            pairs = [_same_size(s, t) for s, t in zip(f_s, f_t, strict=True)]
+            pairs = [same_size(s, t) for s, t in zip(f_s, f_t, strict=True)]
             terms["features"] = (self.alpha, torch.stack([self.distance(s, t) for s, t in pairs]).sum())
         if self.logits:  # Eqs. 2 and 3
             soft = soft_cross_entropy(z_s, teacher["logits"], temperature=self.temperature)
@@ -263,7 +262,7 @@ def student(
         known = as_teacher(teacher, data.classes)
         regressors = None
         if features:
-            own, its = probe(make, image_size), _ask(known, image_size)
+            own, its = shapes(make, image_size), known(blank(image_size))
             regressors = Regressors(*([f.shape[1] for f in pyramid(outputs)] for outputs in (own, its)))
             heard += stages(its)
         objective = Distilled(
@@ -308,23 +307,6 @@ def class_weights(data: Images) -> list[float]:
     return [float(weight) for weight in rarity / rarity.mean()]
 
 
-def probe(make: partial[nn.Module], image_size: int) -> Outputs:
-    """What a network would say of one image, in shapes alone: nothing is computed and no weights are read."""
-    with torch.device("meta"):
-        network = partial(make, weights=None)().eval()
-        return Outputs(network(torch.empty(1, 3, image_size, image_size)))
-
-
-def _ask(teacher: Keyed, image_size: int) -> Outputs:
-    """What the teacher says of one black image."""
-
-    def black(size: int) -> Tensor:
-        return torch.zeros(1, 3, size, size)
-
-    one = torch.zeros(1, dtype=torch.long)
-    return teacher(Batch(black(image_size), one, one, one, black))
-
-
 def network_for(name: str, data: Images, image_size: int, weights: str) -> partial[nn.Module]:
     """A timm network for images of this size; one with windows or a table of positions is told the size."""
     with torch.device("meta"):
@@ -333,7 +315,7 @@ def network_for(name: str, data: Images, image_size: int, weights: str) -> parti
     timm: Callable[..., nn.Module] = Timm
     make = partial(timm, name=name, classes=len(data.classes), **fitted)
     try:
-        probe(make, image_size)
+        shapes(make, image_size)
     except (AssertionError, RuntimeError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise BadInput(f"--image-size {image_size}: {name} does not take it ({why}); 224 or a multiple of 32") from None

@@ -23,12 +23,12 @@ from histill.models import Cifar, Timm
 from histill.models.cifar import CIFAR_NETWORKS
 from histill.progress import notice
 from histill.recipes._methods import METHODS, Pair, Turning, labels_alone, lacks, shown_turned
-from histill.recipes._start import start
+from histill.recipes._start import blank, start
 from histill.recipes.dsnet import DERMOSCOPY
 from histill.run import Run, without_weights
 from histill.schedules import Schedule, constant, steps, warm_cosine
 from histill.teachers import Keyed, as_teacher
-from histill.types import Batch, Outputs
+from histill.types import Outputs
 
 __all__ = ["METHODS", "pretrain", "student", "teacher", "unfit"]
 
@@ -249,11 +249,10 @@ def _pair(
         rows = torch.tensor(packed.images.rows("train"))
         return rows, packed.labels[rows]
 
-    zero = torch.zeros(1, dtype=torch.long)
-    blank = Batch(torch.zeros(1, 3, size, size), zero - 1, zero, zero, lambda size: torch.zeros(1, 3, size, size))
+    one = blank(size)
     network = without_weights(student)().eval()
     with torch.no_grad():
-        ours, theirs = Outputs(network(blank.images)), teacher(blank)
+        ours, theirs = Outputs(network(one.images)), teacher(one)
     epoch = math.ceil(len(data.rows("train")) / batch_size)
     return Pair(ours, theirs, training_images, max(1, round(RISE * epochs * epoch)))
 
