@@ -262,6 +262,27 @@ def test_a_finished_run_is_not_taken_for_that_of_another_teacher(tmp_path: Path,
         hs.train(taught[2], run.path, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"epochs": 3}, "epochs 2, not 3"),
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"views": 2}, "views None, not 2"),
+        ({"objective": both}, "objective tiny:hard, not tiny:both"),
+        ({"optimizer": partial(torch.optim.SGD, lr=0.1)}, "optimizer .*0.5.*, not .*0.1"),
+        ({"augment": Augment(rotate=3)}, "augment .*, not .*3"),
+        ({"student": partial(Tiny, classes=2, width=4)}, "network's arguments .*, not .*4"),
+    ],
+)
+def test_a_finished_run_that_no_recipe_made_is_not_taken_for_another(
+    tmp_path: Path, data: Images, change: Any, said: str
+) -> None:
+    run = hs.train(experiment(data), tmp_path / "run")
+    assert hs.train(experiment(data), run.path, resume=True).finished
+    with pytest.raises(BadInput, match=f"is finished, with {said}.*; give another --out"):
+        hs.train(experiment(data, **change), run.path, resume=True)
+
+
 def test_other_images_are_refused(tmp_path: Path, data: Images) -> None:
     run = hs.train(experiment(data), tmp_path / "run", keep_checkpoint=True)
     undone(run.path)

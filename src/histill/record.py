@@ -46,6 +46,8 @@ _SAME = (
     "seed",
     "precision",
 )
+_PLAIN = ("image_size", "epochs", "batch_size", "accumulate", "clip", "ema", "patience", "select", "views", "seed")
+"""Fields of an experiment that its record holds as they are."""
 
 
 def record(experiment: Experiment, packed: Packed, student: nn.Module) -> dict[str, Any]:
@@ -176,7 +178,8 @@ def _commit() -> str | None:
 def check_finished(before: dict[str, Any], experiment: Experiment, out: Path) -> None:
     """Refuse to take a finished run for another experiment (`BadInput` names what differs).
 
-    Compared is what needs no image to be read: the network, the data, the teacher and the recipe's plain arguments.
+    Compared is what needs no image to be read: the network, the data, the teacher and the recipe's plain arguments, or
+    those of an experiment that no recipe made.
     """
     there, here = (_comparable(r) for r in (before["recipe"], json.loads(json.dumps(experiment.recipe))))
     there["network"], here["network"] = before["network"]["function"], describe(experiment.student)["function"]
@@ -184,7 +187,16 @@ def check_finished(before: dict[str, Any], experiment: Experiment, out: Path) ->
     there["images"], here["images"] = before["data"]["hash"], experiment.data.hash
     there["teacher"] = (before["teacher"] or {}).get("key")
     here["teacher"] = None if experiment.teacher is None else getattr(experiment.teacher, "key", "")
-    for name in here.keys() & there.keys():
+    if not experiment.recipe:
+        here |= {name: getattr(experiment, name) for name in _PLAIN}
+        here |= {"objective": _made_by(experiment.objective), "optimizer": _made_by(experiment.optimizer)}
+        here |= {
+            "network's arguments": describe(experiment.student)["arguments"],
+            "augment": asdict(experiment.augment),
+        }
+        there |= before | {"network's arguments": before["network"]["arguments"], **there}
+        here = json.loads(json.dumps(here))
+    for name in sorted(here.keys() & there.keys()):
         if here[name] != there[name]:
             raise BadInput(f"{out} is finished, with {name} {there[name]}, not {here[name]}; give another --out")
 
