@@ -150,3 +150,29 @@ def test_the_command(folder: MakeFolder, tmp_path: Path, capsys: pytest.CaptureF
     Image.open(root / "train" / "a" / "p000_0.png").save(root / "test" / "a" / "copy.bmp")
     assert run(["data", "check", str(root)]) == 2
     assert capsys.readouterr().err.startswith("histill: leak: 1 pairs of the same picture in two splits")
+
+
+def test_images_with_masks_are_looked_at_like_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Masks of 16 bits, one nucleus of a quarter of each; the first picture is in two splits, in two formats."""
+    rows = ["path,mask,split"]
+    mask = np.zeros((24, 24), np.uint16)
+    mask[:12, :12] = 300
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    for number, (name, part) in enumerate((("a.png", "train"), ("b.png", "train"), ("c.bmp", "val"))):
+        Image.fromarray(picture(number % 2)).save(tmp_path / name)
+        rows.append(f"{name},mask.png,{part}")
+    (tmp_path / "manifest.csv").write_text("\n".join(rows))
+    assert run(["data", "check", str(tmp_path / "manifest.csv"), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().out
+    assert "3 images, masks of instances, no patients known" in said
+    assert "pixels background 75.0%, nucleus 25.0%\nnuclei 3\n" in said
+    assert "leak: 1 pairs of the same picture in two splits: a.png = c.bmp" in said
+    summary = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert summary["counts"] == {"all": {"train": 2, "val": 1}}
+    assert (summary["masks"], summary["nuclei"], summary["pixels"]) == (
+        "instances",
+        3,
+        {"background": 0.75, "nucleus": 0.25},
+    )
+    with Image.open(tmp_path / "out" / "images.png") as sheet:
+        assert sheet.size == (8 * 96, 96 + 18)

@@ -14,19 +14,16 @@ def check(data: Path, *, patient: str | None = None, out: Path | None = None, st
     """Classes, sizes, copies across splits, unreadable files, a contact sheet.
 
     Args:
-        data: a folder of class folders or a CSV manifest.
+        data: a folder of class folders or of images/ and masks/, or a CSV manifest.
         patient: regular expression that reads the patient off an image's path.
         out: a folder for check.json and the contact sheet images.png.
         strict: an unreadable image is an error.
     """
-    from histill.data import read_images
+    from histill.data import read_images, read_masks
     from histill.data.check import check as work
-    from histill.data.masks import has_masks, summary_of
+    from histill.data.masks import has_masks
 
-    if has_masks(data):
-        show(summary_of(data, patient=patient))
-        return
-    found = work(read_images(data, patient=patient), out)
+    found = work((read_masks if has_masks(data) else read_images)(data, patient=patient), out)
     show(found)
     problems = [*found.errors, *(found.summary["unreadable"] if strict else [])]
     if problems:

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from histill.data.decode import decode
 from histill.data.images import Images, few, of_each
+from histill.data.masks import shares_of
 from histill.errors import BadInput
 from histill.files import atomic, write_json
 from histill.progress import progress
@@ -40,7 +41,12 @@ class Check:
     def __str__(self) -> str:
         s = self.summary
         unit = f"{s['patients']} patients" if s["patients"] else "no patients known: intervals will be over images"
-        lines = [f"{s['images']} images, {len(s['classes'])} classes, {unit}", "", _grid(s["counts"]), ""]
+        kind = f"masks of {s['masks']}" if s["masks"] else f"{len(s['classes'])} classes"
+        lines = [f"{s['images']} images, {kind}, {unit}", "", _grid(s["counts"]), ""]
+        if s["masks"]:
+            lines.append("pixels " + ", ".join(f"{name} {share:.1%}" for name, share in s["pixels"].items()))
+        if s["masks"] == "instances":
+            lines.append(f"nuclei {s['nuclei']:,}")
         lines.append(f"sizes {s['sizes']['smallest']} to {s['sizes']['largest']} px, median {s['sizes']['median']}")
         lines += [f"note: {line}" for line in s["notices"]]
         lines += [f"error: {line}" for line in self.errors] or ["nothing that would stop a training"]
@@ -59,7 +65,8 @@ def check(images: Images, out: Path | None = None) -> Check:
         out: a folder for ``check.json`` and the contact sheet ``images.png``.
     """
     looks = list(of_each(images.paths(), _look, "looking"))
-    frame = pd.concat([images.frame, pd.DataFrame(looks, index=images.frame.index)], axis=1)
+    table = images.frame.assign(label=images.frame["label"].replace("", "all")) if images.masks else images.frame
+    frame = pd.concat([table, pd.DataFrame(looks, index=images.frame.index)], axis=1)
     readable = frame[frame["error"] == ""]
     if not len(readable):
         raise BadInput(f"{images.root}: none of {len(frame)} images is readable")
@@ -85,6 +92,7 @@ def check(images: Images, out: Path | None = None) -> Check:
         "root": str(images.root),
         "images": len(images),
         "classes": list(images.classes),
+        "masks": images.masks,
         "patients": int(images.frame["patient"].replace("", None).nunique()) if images.has_patients else 0,
         "counts": _counts(frame),
         "sizes": {"smallest": int(sides[0]), "median": int(np.median(sides)), "largest": int(sides[-1])},
@@ -94,6 +102,8 @@ def check(images: Images, out: Path | None = None) -> Check:
         "notices": notices,
         "errors": errors,
     }
+    if images.masks:
+        summary["pixels"], summary["nuclei"] = shares_of(images)
     if out is not None:
         write_json(out / "check.json", summary)
         _contact_sheet(images, readable, out / "images.png")
@@ -173,12 +183,13 @@ def _grid(counts: dict[str, dict[str, int]]) -> str:
 
 
 def _contact_sheet(images: Images, readable: pd.DataFrame, path: Path) -> None:
-    """Some images of each class, a row each, chosen evenly over the table."""
+    """Some images of each label, a row each, chosen evenly over the table."""
+    labels = sorted(set(readable["label"]) | (set() if images.masks else set(images.classes)))
     columns, side = _SHEET
     margin = 18
-    sheet = Image.new("RGB", (columns * side, len(images.classes) * (side + margin)), "white")
+    sheet = Image.new("RGB", (columns * side, len(labels) * (side + margin)), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, label in enumerate(images.classes):
+    for row, label in enumerate(labels):
         paths = readable["path"][readable["label"] == label].tolist()
         draw.text((4, row * (side + margin) + 3), f"{label} ({len(paths)})", fill="black")
         chosen = [paths[int(i)] for i in np.linspace(0, len(paths) - 1, min(columns, len(paths)))]

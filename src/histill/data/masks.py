@@ -29,7 +29,7 @@ from histill.data.mapped import mapped
 from histill.errors import BadInput
 from histill.files import atomic, cache_dir, check_room, claim, digest, file_digest, locked, sweep
 
-__all__ = ["UNKNOWN", "decode_mask", "has_masks", "pack_masks", "read_masks", "summary_of"]
+__all__ = ["UNKNOWN", "decode_mask", "has_masks", "pack_masks", "read_masks", "shares_of"]
 
 UNKNOWN = 65535
 """What a packed mask holds where nobody knows; -1 in a batch."""
@@ -262,17 +262,12 @@ def _from_folders(folder: Path) -> pd.DataFrame:
     )
 
 
-def summary_of(source: Path, *, patient: str | None = None) -> str:
-    """What a set of images with masks holds, in a few lines."""
-    images = read_masks(source, patient=patient)
+def shares_of(images: Images) -> tuple[dict[str, float], int]:
+    """The share of each class in the pixels of which it is known, and how many nuclei there are."""
     paths = [images.root / mask for mask in images.frame["mask"]]
     nuclei, pixels = 0, np.zeros(len(images.classes))
     for mask in of_each(paths, partial(decode_mask, images=images), "counting"):
         known = mask[mask != UNKNOWN]
         nuclei += len(np.unique(known[known > 0])) if images.masks == "instances" else 0
         pixels += np.bincount(np.minimum(known, len(pixels) - 1).ravel(), minlength=len(pixels))
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in zip(images.classes, pixels / pixels.sum()))
-    patients = images.frame["patient"].replace("", None).nunique()
-    lines = [f"{len(images)} images with masks of {images.masks}" + (f", {patients} patients" if patients else "")]
-    lines += [f"pixels: {shares}", *([f"{nuclei:,} nuclei"] if images.masks == "instances" else []), *images.notices]
-    return "\n".join(lines)
+    return {name: float(share) for name, share in zip(images.classes, pixels / max(pixels.sum(), 1))}, nuclei
