@@ -54,3 +54,8 @@ def test_the_papers_f1_follows_from_its_precision_and_recall() -> None:
     for name, (p0, r0, f0, p1, r1, f1) in PAPER["classes"].items():
         for precision, recall, f in ((p0, r0, f0), (p1, r1, f1)):
             assert f == pytest.approx(2 * precision * recall / (precision + recall), abs=0.011), name
+
+
+def test_a_study_without_a_seed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--seeds 0: at least 1"):
+        study(table(tmp_path / "data"), out=tmp_path / "study", seeds=0, **SMALL)

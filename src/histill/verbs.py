@@ -92,7 +92,7 @@ def _train_command(name: str) -> Any:
     if not takes_data(function):
         machine = common(*(n for n, *_ in COMMON if n not in ("data", *SPLIT)))
         flags = merged(machine, signature_flags(function, WORDS), extra)
-        return command_of(f"Run one experiment: {name}.", flags, lambda values: _train(name, function, flags, values))
+        return command_of(f"Run one experiment: {name}.", flags, lambda values: _train(function, flags, values))
     flags = merged(common(), signature_flags(function), extra)
     if "teacher" in flags:
         flags["weighting"] = (
@@ -100,7 +100,7 @@ def _train_command(name: str) -> Any:
             "mean",
             "of several teachers: the mean of their probabilities, or by each one's confidence in the image's label.",
         )
-    return command_of(f"Run one experiment: {name}.", flags, lambda values: _train(name, function, flags, values))
+    return command_of(f"Run one experiment: {name}.", flags, lambda values: _train(function, flags, values))
 
 
 def takes_data(function: Callable[..., Any]) -> bool:
@@ -108,7 +108,7 @@ def takes_data(function: Callable[..., Any]) -> bool:
     return "data" in inspect.signature(function).parameters
 
 
-def _train(name: str, function: Callable[..., Any], flags: Any, values: dict[str, Any]) -> None:
+def _train(function: Callable[..., Any], flags: Any, values: dict[str, Any]) -> None:
     from histill.experiment import plain
     from histill.loop import train
 

@@ -101,7 +101,7 @@ def card(
         "split": {"test": "test", "val": "validation"}.get(split, ""),
         "chosen": ", which chose nothing" if split == "test" else ", which also chose the epoch: they flatter",
         "over": f"over {'patients' if info['data']['patients'] is not None else 'images, patients not being known'}",
-        **_figures(found, taught, run, split),
+        **_figures(found, taught, split),
         "calibration": _calibration(run, split),
         **_costs(network, run, taught, efficiency),
         "exported": [_exported(exported, name, one) for name, one in files.items()],
@@ -234,7 +234,7 @@ def _data(run: Run) -> str:
     return " ".join(parts)
 
 
-def _figures(found: Mapping[str, Any], teacher: Run | None, run: Run, split: str) -> dict[str, Any]:
+def _figures(found: Mapping[str, Any], teacher: Run | None, split: str) -> dict[str, Any]:
     names = [name for name in _TITLES if isinstance(found.get(name), dict) and found[name].get("value") is not None]
     theirs = {} if teacher is None else teacher.metrics.get(split, {})
     columns = ["", "this model", *(["its teacher"] if theirs else [])]

@@ -87,7 +87,7 @@ def distill_report(
         *_named("Settings", settings),
         *_named("Versions", versions),
     ]
-    answer = " ".join([_verdict(test, counts), *_cost(test, efficiency, export), over])
+    answer = " ".join([_verdict(test), *_cost(test, efficiency, export), over])
     return write_report(Path(out) / "report.html", title=title, subtitle=subtitle, answer=answer, sections=sections)
 
 
@@ -203,7 +203,7 @@ def _points(value: float) -> str:
     return f"{points} point" + ("" if points == "1.0" else "s")
 
 
-def _verdict(test: Mapping[str, Any], counts: Mapping[str, Mapping[str, int]]) -> str:
+def _verdict(test: Mapping[str, Any]) -> str:
     """Whether distillation helped: what the interval of the paired gain in accuracy says, and no more."""
     gain, reached = test["gain"]["accuracy"], share(test["student_distilled"]["accuracy"])
     value, low, high = (gain[key] for key in ("value", "low", "high"))

@@ -42,6 +42,7 @@ TCGA = re.compile(r"^(TCGA-(\w\w)-\w{4})")
 
 _MOST_MASK_PX = 1 << 26  # of a mask painted from GeoJSON
 _MASK_PX_PER_TILE = 128  # along a side
+_AT_ONCE = 64  # patches that wait to be encoded
 
 
 @dataclass(frozen=True)
@@ -409,10 +410,10 @@ def _record(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def _in_turn(pool: ThreadPoolExecutor, function: Any, tasks: list[Any], at_once: int = 64) -> Iterator[Any]:
+def _in_turn(pool: ThreadPoolExecutor, function: Any, tasks: list[Any]) -> Iterator[Any]:
     """Results in order, with few tasks waiting: patches of a whole slide do not fit into memory."""
-    for start in range(0, len(tasks), at_once):
-        yield from pool.map(function, tasks[start : start + at_once])
+    for start in range(0, len(tasks), _AT_ONCE):
+        yield from pool.map(function, tasks[start : start + _AT_ONCE])
 
 
 def _png(pixels: Pixels) -> bytes:

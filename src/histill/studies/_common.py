@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from histill.data.images import Images
+from histill.errors import BadInput
 from histill.evaluate.intervals import Judged, figures_over_seeds, paired_gain
 from histill.evaluate.judge import scores_of
 from histill.evaluate.metrics import METRICS, Scores
@@ -17,7 +19,7 @@ from histill.files import write_json
 from histill.loop import train
 from histill.run import Run
 
-__all__ = ["Study", "comparison_note", "seconds", "text"]
+__all__ = ["Study", "comparison_note", "given_teacher", "seconds", "text"]
 
 
 @dataclass
@@ -34,6 +36,10 @@ class Study:
     seeds: Sequence[int]
     machine: dict[str, Any]
     runs: dict[str, list[Run]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise BadInput(f"--seeds {len(self.seeds)}: at least 1")
 
     def run(self, name: str, make: Callable[[int], Experiment], seeds: Sequence[int] | None = None) -> list[Run]:
         """Run ``make(seed)`` for each seed (default: the study's)."""
@@ -76,9 +82,17 @@ class Study:
         return "\n\n".join([*tables, answer, f"report: {self.out / 'report.html'}"])
 
 
-def comparison_note(gains: Mapping[str, Mapping[str, Any]], metric: str = "accuracy") -> str:
-    """The line under a table of differences: how many there are, and which remain with Holm's correction."""
-    return comparisons({name: gain[metric]["p"] for name, gain in gains.items()}, metric.replace("_", " "))
+def given_teacher(path: Path, data: Images) -> Run:
+    """A trained teacher's run; `BadInput` where it was trained on other images or another split of them."""
+    run = Run.open(path)
+    if run.info["data"]["split_hash"] != data.split_hash:
+        raise BadInput(f"--teacher {path} was trained on other images or another split; give one of this split")
+    return run
+
+
+def comparison_note(gains: Mapping[str, Mapping[str, Any]]) -> str:
+    """The line under a table of differences in accuracy: how many, and which remain with Holm's correction."""
+    return comparisons({name: gain["accuracy"]["p"] for name, gain in gains.items()}, "accuracy")
 
 
 def seconds(runs: Sequence[Run]) -> float:

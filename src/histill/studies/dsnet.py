@@ -12,15 +12,13 @@ from typing import Any
 import numpy as np
 
 from histill.data.images import Images
-from histill.errors import BadInput
 from histill.evaluate import figures
 from histill.evaluate.finish import gallery_of
 from histill.evaluate.intervals import per_class_table
 from histill.evaluate.metrics import per_class, roc_curve
 from histill.evaluate.report import Picture, Section, Table, difference, share
 from histill.recipes import dsnet
-from histill.run import Run
-from histill.studies._common import Study, comparison_note, seconds
+from histill.studies._common import Study, comparison_note, given_teacher, seconds
 
 __all__ = ["PAPER", "study"]
 
@@ -100,10 +98,9 @@ def study(
     """
     made = Study(Path(out), range(seed, seed + seeds), {"device": device, "precision": precision})
     common: dict[str, Any] = {"image_size": image_size, "positive": positive}
-    taught_by = Run.open(teacher) if teacher is not None else None
-    if taught_by is not None and taught_by.info["data"]["split_hash"] != data.split_hash:
-        raise BadInput(f"--teacher {teacher} was trained on other images or another split; give one of this split")
-    if taught_by is None:
+    if teacher is not None:
+        taught_by = given_teacher(teacher, data)
+    else:
         settings: dict[str, Any] = common | {"network": teacher_network, "weights": teacher_weights}
         settings["epochs"] = teacher_epochs
         taught_by = made.run("teacher", lambda s: dsnet.teacher(data, seed=s, **settings), [seed])[0]

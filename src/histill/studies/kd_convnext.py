@@ -121,14 +121,12 @@ def study(
     Raises:
         BadInput: see `histill.loop.train`; also fewer than one seed, or a split without images.
     """
-    if seeds < 1:
-        raise BadInput(f"--seeds {seeds}: at least 1")
+    made = Study(Path(out), range(seed, seed + seeds), {"device": device, "precision": precision})
     if missing := [name for name in SPLITS if not data.rows(name)]:
         raise BadInput(f"{data.root}: no {' or '.join(missing)} images; the study needs all three splits")
     compared = list(networks) if "7" in tables else []
     for name in (network, teacher_network, *compared):  # a network that does not take the images is found at once
         kd_convnext.network_for(name, data, image_size, "none")
-    made = Study(Path(out), range(seed, seed + seeds), {"device": device, "precision": precision})
     parts = {s: data if s == seed or splits == "same" else redrawn(data, s) for s in made.seeds}
     for part in parts.values():  # a run of the first split has seen test images of the others
         check_start(weights, part)

@@ -174,7 +174,7 @@ def _report(made: Study, data: Images, tables: Sequence[str], background: str | 
             f"Its teacher reaches {share(test['mac-resnet']['accuracy'])}. The paper speaks of a significant "
             "improvement and prints no number."
         )
-    sections += _pictures(made, data, tables)
+    sections += _pictures(made, tables)
     return made.finish("MAC-ResNet: every experiment of the paper", " ".join(answer), sections, summary)
 
 
@@ -250,7 +250,7 @@ def _distilled(made: Study, test: Mapping[str, Any], gains: Mapping[str, Any]) -
     )
 
 
-def _pictures(made: Study, data: Images, tables: Sequence[str]) -> list[Picture]:
+def _pictures(made: Study, tables: Sequence[str]) -> list[Picture]:
     home, shown = made.out / "figures", []
     if "4" in tables:
         lines = {row: made.runs[design][0].log["loss"].to_numpy() for row, design in TABLES["4"][1].items()}

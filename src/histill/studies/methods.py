@@ -122,8 +122,6 @@ def study(
     Raises:
         BadInput: see `histill.loop.train`; also no test images, or a teacher that was trained on them.
     """
-    if seeds < 1:
-        raise BadInput(f"--seeds {seeds}: at least 1")
     if not data.rows("test"):
         raise BadInput("no test images: nothing could be compared; give --test a share above 0")
     if unknown := [name for name in methods if name not in recipes.METHODS]:

@@ -27,7 +27,7 @@ from histill.experiment import Experiment
 from histill.recipes import multi_exit
 from histill.recipes.methods import METHODS, pretrain, student, unfit
 from histill.run import Run
-from histill.studies._common import Study, comparison_note
+from histill.studies._common import Study, comparison_note, given_teacher
 from histill.teachers import as_teacher
 
 __all__ = ["PAPER", "study"]
@@ -183,9 +183,7 @@ def study(
         return str(run.path)
 
     if teacher is not None:
-        taught = Run.open(teacher)
-        if taught.info["data"]["split_hash"] != data.split_hash:
-            raise BadInput(f"--teacher {teacher} was trained on other images or another split; give one of this split")
+        taught = given_teacher(teacher, data)
     else:
         own = shared | {"network": teacher_network, "epochs": teacher_epochs, "lr": teacher_lr}
         own["weights"] = start(teacher_network, teacher_weights)

@@ -249,8 +249,7 @@ def study(
     """
     if unlabelled is None or teacher is None:
         raise BadInput("the rckd study needs patches and a segmenter: --unlabelled FOLDER --teacher RUN (rckd.teacher)")
-    if seeds < 1:
-        raise BadInput(f"--seeds {seeds}: at least 1")
+    made = Study(Path(out), range(seed, seed + seeds), {"device": device, "precision": precision})
     if unknown := [m for m in methods if m not in METHODS]:
         raise BadInput(f"--methods {' '.join(unknown)}: of {', '.join(METHODS)}")
     known = list(dict.fromkeys(network for _, pairs in ROWS.values() for _, network in pairs))
@@ -275,7 +274,6 @@ def study(
     shown = [pair for table in ("3", "4", "5") if table in tables for pair in ROWS[table][1]]
     rows = [(method, network) for method, network in shown if method in methods and network in (networks or known)]
     pretraining = {"image_size": pretrain_image_size, "epochs": pretrain_epochs, "batch_size": pretrain_batch_size}
-    made = Study(Path(out), range(seed, seed + seeds), {"device": device, "precision": precision})
     given = given_weights(supervised_weights, [network for method, network in rows if method == "supervised"])
     supervised = Supervised(made, first, given, usi_teacher, pretraining, judged)
     supervised.check()
