@@ -110,6 +110,20 @@ def test_an_auroc_knows_no_more_than_the_fewer_of_both_kinds() -> None:
         assert rows[0]["auroc"] == pytest.approx(rows[1]["auroc"])  # of two classes it is one figure
 
 
+def test_how_many_patients_a_figure_is_over_by_hand() -> None:
+    # Class 0 is seen in patients a, b and d, class 1 in c and d, class 2 in e: the rarest class has one patient.
+    labels, units = np.array([0, 0, 0, 1, 1, 0, 2]), np.array(list("aabcdde"))
+    p = np.eye(3)[labels]
+    macro, of_1 = Scores(labels, p, units, teacher=labels), Scores(labels, p, units, positive=1)
+    assert [macro.units_behind(name) for name in ("accuracy", "agreement")] == [5, 5]
+    means = ("balanced_accuracy", "macro_f1", "sensitivity", "specificity", "auroc")
+    assert [macro.units_behind(name) for name in means] == [3] * 5
+    assert [of_1.units_behind(name) for name in means] == [3, 3, 2, 4, 2]  # d has images of class 1 and of class 0
+    assert [macro.units_behind(name, 0) for name in ("f1", "specificity", "auroc")] == [3, 3, 3]
+    both = Scores(np.array([0, 1, 0, 1]), np.eye(2)[[0, 1, 0, 1]], np.array(list("aabb")))
+    assert both.units_behind("balanced_accuracy") == 2  # never more patients than there are
+
+
 def test_patients_who_are_all_alike_are_as_many_as_they_are() -> None:
     # Two patients, of whose three images two are right: no draw differs from another, and two patients know little.
     labels, right = np.tile([0, 1, 0], 2), np.tile([1, 1, 0], 2)

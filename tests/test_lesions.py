@@ -87,6 +87,15 @@ def test_holes_and_specks() -> None:
     assert filled.area_um2 == pytest.approx(math.pi * 900 * UM**2, rel=0.01)
 
 
+def test_a_lesion_is_measured_without_the_one_that_it_embraces() -> None:
+    p = np.zeros((40, 40))
+    p[5:35, 5:10] = p[30:35, 5:35] = 0.7
+    p[10:16, 22:28] = 0.95  # within the corner's box, not of the corner
+    corner, spot = find_lesions(two(p), ["tumour"])
+    assert (corner.probability, corner.peak_probability) == pytest.approx((0.7, 0.7))
+    assert (spot.probability, spot.peak_probability) == pytest.approx((0.95, 0.95))
+
+
 @pytest.mark.parametrize("sure", [0.55, 1.0])
 def test_at_the_edge_of_the_tissue_a_lesion_ends_with_the_last_pixel(sure: float) -> None:
     covered = np.zeros((40, 40), np.bool_)
@@ -198,6 +207,7 @@ def test_hits_are_peaks_in_lesions() -> None:
     reference[12:18, 12:18] = True
     found = [lesion(4 * PIXEL, 4 * PIXEL, 0.7), lesion(5 * PIXEL, 3 * PIXEL, 0.9), lesion(160.5, 30, 0.4)]
     assert lesion_hits(found, reference, l0_pixel=PIXEL) == ([0.9, -math.inf], [0.4])
+    assert lesion_hits(found[::-1], reference, l0_pixel=PIXEL) == ([0.9, -math.inf], [0.4])
     assert lesion_hits(found[:2], reference, l0_pixel=PIXEL, min_pixels=20) == ([-math.inf], [])
 
 
@@ -213,8 +223,8 @@ def test_froc_by_hand() -> None:
 
 
 def test_features_carry_the_numbers() -> None:
-    [feature] = lesion_features([lesion(50, 50, 0.9, area=2e6)])
-    assert feature.label == "tumour"
+    feature, second = lesion_features([lesion(50, 50, 0.9, area=2e6), lesion(90, 90, 0.8)])
+    assert (feature.label, feature.name, second.name) == ("tumour", "tumour 1", "tumour 2")
     assert feature.measurements["area mm^2"] == 2
     assert feature.measurements["mean probability"] == 0.9
 
