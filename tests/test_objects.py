@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import astuple
 from itertools import permutations
 from typing import Any
 
@@ -13,17 +15,16 @@ from numpy.typing import NDArray
 
 from histill.data.phantom import draw
 from histill.errors import BadInput
-from histill.evaluate.objects import (
-    OBJECT_METRICS,
-    ObjectCounts,
-    Objects,
-    match,
-    object_f1,
-    object_metrics,
-    panoptic_quality,
-)
+from histill.evaluate.masks import OBJECT_FIGURES, MaskScores
+from histill.evaluate.objects import ObjectCounts, match
 
 Mask = NDArray[np.int64]
+
+
+def scores(counts: Sequence[ObjectCounts], units: Sequence[Any]) -> MaskScores:
+    """Of images of which only the nuclei are looked at."""
+    objects = np.array([astuple(c) for c in counts], dtype=np.float64)
+    return MaskScores(np.ones((len(counts), 1, 3)), np.array(units), ("nucleus",), objects)
 
 
 def stripes(*runs: tuple[int, int]) -> Mask:
@@ -73,11 +74,9 @@ def test_by_hand() -> None:
     counts = match(truth, predicted)
     assert (counts.tp, counts.fp, counts.fn) == (2, 1, 1)
     assert counts.iou == pytest.approx(3 / 4 + 4 / 6)
-    objects = Objects([counts], ["a"])
-    pq, sq, rq = (float(value[0]) for value in panoptic_quality(objects))
-    assert (sq, rq) == pytest.approx(((3 / 4 + 4 / 6) / 2, 2 / 3))
-    assert pq == pytest.approx(sq * rq)
-    assert object_f1(objects)[0] == pytest.approx(2 / 3)
+    figures = scores([counts], ["a"]).figures(names=OBJECT_FIGURES)
+    assert figures["object_f1"][0] == pytest.approx(2 / 3)
+    assert figures["panoptic_quality"][0] == pytest.approx((3 / 4 + 4 / 6) / 2 * 2 / 3)  # mean IoU times F1
 
 
 def test_an_iou_of_the_threshold_is_not_above_it() -> None:
@@ -96,7 +95,8 @@ def test_everything_found_and_nothing_there() -> None:
     assert match(nuclei, np.zeros_like(nuclei)) == ObjectCounts(0, 0, count, 0.0)
     assert match(np.zeros_like(nuclei), nuclei) == ObjectCounts(0, count, 0, 0.0)
     assert match(np.ones((3, 3), int), np.full((3, 3), 5)) == ObjectCounts(1, 0, 0, 1.0)
-    assert all(np.isnan(v[0]) for v in object_metrics(Objects([match(nothing, nothing)], [0])).values())
+    figures = scores([match(nothing, nothing)], [0]).figures(names=OBJECT_FIGURES)
+    assert all(np.isnan(value[0]) for value in figures.values())
 
 
 @settings(deadline=None, max_examples=30)
@@ -116,42 +116,28 @@ def test_where_nobody_knows_nothing_is_counted() -> None:
     assert match(truth, stripes((1, 4), (0, 3), (2, 4), (0, 1))) == ObjectCounts(1, 1, 0, 1.0)  # 1 of 4 unknown
 
 
-def several() -> Objects:
+def test_a_weight_is_a_repetition_of_the_unit() -> None:
     rng = np.random.default_rng(0)
     counts = []
     for _ in range(12):
         tp = int(rng.integers(1, 9))
         counts.append(ObjectCounts(tp, int(rng.integers(4)), int(rng.integers(4)), float(rng.uniform(0.5, 1) * tp)))
-    return Objects(counts, [f"p{i % 5}" for i in range(12)])
-
-
-def test_a_weight_is_a_repetition_of_the_unit() -> None:
-    objects = several()
+    units = [f"p{i % 5}" for i in range(12)]
+    whole = scores(counts, units)
     weights = np.random.default_rng(1).integers(0, 4, (5, 6)).astype(float)
-    found = object_metrics(objects, weights)
-    assert set(found) == set(OBJECT_METRICS)
+    found = whole.figures(weights, names=OBJECT_FIGURES)
     for r in range(6):
-        rows = [
-            i
-            for i, unit in enumerate(objects.units)
-            for _ in range(int(weights[list(objects.unit_names).index(unit), r]))
-        ]
-        again = object_metrics(Objects([objects.counts[i] for i in rows], [objects.units[i] for i in rows]))
+        times = dict(zip(whole.unit_names, weights[:, r], strict=True))
+        rows = [i for i, unit in enumerate(units) for _ in range(int(times[unit]))]
+        again = scores([counts[i] for i in rows], [units[i] for i in rows]).figures(names=OBJECT_FIGURES)
         for name, value in again.items():
             assert found[name][r] == pytest.approx(value[0]), name
 
 
 def test_metrics_from_sums_by_hand() -> None:
-    objects = Objects([ObjectCounts(3, 1, 0, 2.4), ObjectCounts(1, 0, 3, 0.6)], [0, 1])
-    expected = {
-        "object_f1": 8 / 12,
-        "object_precision": 4 / 5,
-        "object_recall": 4 / 7,
-        "panoptic_quality": 3 / (4 + 0.5 + 1.5),
-        "segmentation_quality": 3 / 4,
-        "recognition_quality": 8 / 12,
-    }
-    assert {name: float(value[0]) for name, value in object_metrics(objects).items()} == pytest.approx(expected)
+    found = scores([ObjectCounts(3, 1, 0, 2.4), ObjectCounts(1, 0, 3, 0.6)], [0, 1]).figures(names=OBJECT_FIGURES)
+    assert found["object_f1"][0] == pytest.approx(8 / 12)
+    assert found["panoptic_quality"][0] == pytest.approx(3 / (4 + 0.5 + 1.5))
 
 
 @pytest.mark.parametrize(
@@ -167,11 +153,7 @@ def test_refuses_what_are_no_masks(truth: Any, predicted: Any) -> None:
         match(truth, predicted)
 
 
-def test_refuses_another_threshold_name_or_number_of_units() -> None:
+def test_refuses_another_threshold() -> None:
     mask = np.zeros((2, 2), int)
     with pytest.raises(BadInput, match="threshold"):
         match(mask, mask, threshold=1)
-    with pytest.raises(BadInput, match="one unit per image"):
-        Objects([match(mask, mask)], [1, 2])
-    with pytest.raises(BadInput, match="no metric of objects is called dice"):
-        object_metrics(several(), names=["dice"])

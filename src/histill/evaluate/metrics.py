@@ -27,6 +27,7 @@ __all__ = [
     "confusion",
     "metrics",
     "per_class",
+    "ratio",
     "reliability",
     "roc_curve",
 ]
@@ -216,14 +217,14 @@ def metrics(scores: Scores, weights: Array | None = None, *, names: Sequence[str
         return 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
 
     formulas = {
-        "accuracy": lambda: _ratio(correct.sum(axis=0), images),
+        "accuracy": lambda: ratio(correct.sum(axis=0), images),
         "balanced_accuracy": lambda: macro("sensitivity"),
         "macro_f1": lambda: macro("f1"),
         "auroc": auroc,
         "sensitivity": lambda: chosen("sensitivity"),
         "specificity": lambda: chosen("specificity"),
-        "ece": lambda: _ratio(np.abs(gaps).sum(axis=0), images),
-        "agreement": lambda: _ratio(agreed, images),
+        "ece": lambda: ratio(np.abs(gaps).sum(axis=0), images),
+        "agreement": lambda: ratio(agreed, images),
         "macro_precision": lambda: macro("precision"),
         "f1_of_means": f1_of_means,
     }
@@ -256,7 +257,7 @@ def roc_curve(scores: Scores, target: int) -> tuple[Array, Array]:
     order = np.argsort(-values, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(values[order])), len(values) - 1)  # tied images pass together
     true, false = np.cumsum(positive[order])[ends], np.cumsum(~positive[order])[ends]
-    return np.insert(_ratio(false, false[-1]), 0, 0.0), np.insert(_ratio(true, true[-1]), 0, 0.0)
+    return np.insert(ratio(false, false[-1]), 0, 0.0), np.insert(ratio(true, true[-1]), 0, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,8 +275,8 @@ def reliability(scores: Scores) -> Reliability:
     confidence = scores.probabilities.max(axis=1)
     place = _bins(confidence)
     count = np.bincount(place, minlength=BINS)
-    mean_confidence = _ratio(np.bincount(place, confidence, BINS), count)
-    accuracy = _ratio(np.bincount(place, scores.predictions == scores.labels, BINS), count)
+    mean_confidence = ratio(np.bincount(place, confidence, BINS), count)
+    accuracy = ratio(np.bincount(place, scores.predictions == scores.labels, BINS), count)
     return Reliability(count, mean_confidence, accuracy, float(metrics(scores, names=["ece"])["ece"][0]))
 
 
@@ -283,7 +284,7 @@ def _bins(confidence: Array) -> NDArray[np.int64]:
     return np.asarray(np.clip(np.ceil(confidence * BINS) - 1, 0, BINS - 1), dtype=np.int64)
 
 
-def _ratio(a: NDArray[Any], b: NDArray[Any]) -> Array:
+def ratio(a: NDArray[Any], b: NDArray[Any]) -> Array:
     """``a / b``, nan where ``b`` is 0."""
     a, b = np.broadcast_arrays(np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64))
     return np.asarray(np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0))
@@ -293,10 +294,10 @@ def _one_vs_rest(correct: Array, predicted: Array, actual: Array, images: Array)
     rest = images - actual
     has_images = np.where(actual > 0, 1.0, np.nan)
     return {
-        "sensitivity": _ratio(correct, actual),
-        "specificity": _ratio(rest - (predicted - correct), rest),
-        "precision": np.nan_to_num(_ratio(correct, predicted)) * has_images,
-        "f1": _ratio(2 * correct, predicted + actual) * has_images,
+        "sensitivity": ratio(correct, actual),
+        "specificity": ratio(rest - (predicted - correct), rest),
+        "precision": np.nan_to_num(ratio(correct, predicted)) * has_images,
+        "f1": ratio(2 * correct, predicted + actual) * has_images,
     }
 
 
@@ -312,4 +313,4 @@ def _auroc(scores: Scores, target: int, weights: Array) -> Array:
         positives, negatives = np.add.reduceat(positives, starts), np.add.reduceat(negatives, starts)
     below = np.cumsum(negatives, axis=0) - negatives / 2
     won = np.einsum("nr,nr->r", below, positives)
-    return _ratio(won, positives.sum(axis=0) * negatives.sum(axis=0))
+    return ratio(won, positives.sum(axis=0) * negatives.sum(axis=0))
