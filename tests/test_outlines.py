@@ -50,7 +50,7 @@ def test_pictures_show_truth_and_prediction(tmp_path: Path) -> None:
     mask[5:20, 5:25] = 1
     shifted = np.roll(mask, 15, axis=1)
     outlines([image], [mask], tmp_path / "truth.png")
-    outlines([image] * 2, [mask] * 2, tmp_path / "both.png", predicted=[shifted] * 2, titles=["a", "b"])
+    outlines([image] * 2, [mask] * 2, tmp_path / "both.png", predicted=[shifted] * 2)
     truth, both = (np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in ("truth.png", "both.png"))
     assert shows(truth, TRUTH) > 100
     assert shows(truth, PREDICTED) == 0

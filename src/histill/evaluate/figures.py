@@ -80,7 +80,7 @@ def confusions(matrices: Mapping[str, NDArray[Any]], classes: Sequence[str], pat
     n = len(classes)
     side = float(np.clip(0.62 * n, 2.1, 6.5))
     slanted = 0.6 if n > 2 else 0.0  # inches that class names at an angle take
-    with _drawing(path, (side + 0.55) * len(matrices) + 1.1, side + 1.25 + slanted) as figure:
+    with drawing(path, (side + 0.55) * len(matrices) + 1.1, side + 1.25 + slanted) as figure:
         axes = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
         for ax, (title, matrix) in zip(axes, matrices.items(), strict=True):
             counts = np.asarray(matrix)
@@ -105,7 +105,7 @@ def confusions(matrices: Mapping[str, NDArray[Any]], classes: Sequence[str], pat
 
 def roc(curves: Mapping[str, tuple[Array, Array, Interval]], path: Path) -> None:
     """ROC curves by name, each ``(false positive rate, true positive rate, auroc with its interval)``."""
-    with _drawing(path, 4.4, 4.4) as figure:
+    with drawing(path, 4.4, 4.4) as figure:
         ax = figure.subplots()
         ax.plot([0, 1], [0, 1], color=RULE, linewidth=1, zorder=1)
         for number, (name, (false, true, auroc)) in enumerate(curves.items()):
@@ -127,7 +127,7 @@ def roc(curves: Mapping[str, tuple[Array, Array, Interval]], path: Path) -> None
 
 def reliability(diagrams: Mapping[str, Reliability], path: Path) -> None:
     """Reliability diagrams side by side, by title: before and after the temperature, or by network."""
-    with _drawing(path, 3.1 * len(diagrams) + 0.5, 4.0) as figure:
+    with drawing(path, 3.1 * len(diagrams) + 0.5, 4.0) as figure:
         grid = figure.subplots(2, len(diagrams), squeeze=False, sharex=True, sharey="row", height_ratios=[4, 1])
         for (top, bottom), (title, bins) in zip(grid.T, diagrams.items(), strict=True):
             edges = np.linspace(0, 1, len(bins.count) + 1)
@@ -150,7 +150,7 @@ def training(log: pd.DataFrame, path: Path) -> None:
     shares = [c for c in log.columns if c.startswith("val/") and c != "val/loss"]
     epochs = log["epoch"]
     panels = 3 if shares else 2
-    with _drawing(path, 3.3 * panels, 2.9) as figure:
+    with drawing(path, 3.3 * panels, 2.9) as figure:
         axes = figure.subplots(1, panels, squeeze=False)[0]
         loss = axes[0]
         if len(terms) > 1:
@@ -187,7 +187,7 @@ def gain(figures: Mapping[str, Any], path: Path, *, title: str = "Distilled minu
     like the rest although less of it is better: its label says so.
     """
     shown = [name for name, f in figures.items() if isinstance(f, Mapping) and f.get("low") is not None]
-    with _drawing(path, 5.6, 0.34 * len(shown) + 1.15) as figure:
+    with drawing(path, 5.6, 0.34 * len(shown) + 1.15) as figure:
         ax = figure.subplots()
         ax.axvline(0, color=INK, linewidth=1)
         for row, name in enumerate(shown):
@@ -227,7 +227,7 @@ def gallery(
     """Images ``(N, H, W, 3)`` in [0, 1] or uint8, with true and predicted class; wrong ones are outlined."""
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))
-    with _drawing(path, 1.75 * columns, 2.25 * rows) as figure:
+    with drawing(path, 1.75 * columns, 2.25 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for ax in grid.flat:
             ax.axis("off")
@@ -253,7 +253,7 @@ def attention(
 
     Images and crops are ``(N, H, W, 3)`` in [0, 1] or uint8, maps ``(N, h, w)`` in [0, 1], masks ``(N, h, w)`` bool.
     """
-    with _drawing(path, 6.6, 1.72 * len(images) + 0.3) as figure:
+    with drawing(path, 6.6, 1.72 * len(images) + 0.3) as figure:
         grid = figure.subplots(len(images), 4, squeeze=False)
         for ax in grid.flat:
             ax.set(xticks=[], yticks=[])
@@ -272,7 +272,7 @@ def attention(
 
 def softened(logits: Array, temperatures: Sequence[float], classes: Sequence[str], path: Path) -> None:
     """The distribution ``softmax(logits / T)`` of one image, ``logits`` ``(C,)``, at several temperatures."""
-    with _drawing(path, 1.1 + 1.55 * len(temperatures), 2.7) as figure:
+    with drawing(path, 1.1 + 1.55 * len(temperatures), 2.7) as figure:
         axes = figure.subplots(1, len(temperatures), squeeze=False, sharey=True)[0]
         top = int(np.argmax(logits))
         for ax, t in zip(axes, temperatures, strict=True):
@@ -299,7 +299,7 @@ def sweep(
     ylabel: str = "accuracy",
 ) -> None:
     """A figure with its interval at each setting ``x``, and the paper's where it printed one (else nan)."""
-    with _drawing(path, 4.8, 3.2) as figure:
+    with drawing(path, 4.8, 3.2) as figure:
         ax = figure.subplots()
         place = np.arange(len(x))
         if paper is not None:
@@ -317,7 +317,7 @@ def curves(lines: Mapping[str, Array], path: Path, *, xlabel: str = "epoch", yla
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
-    with _drawing(path, 4.8, 3.2) as figure:
+    with drawing(path, 4.8, 3.2) as figure:
         ax = figure.subplots()
         shades = colormaps["viridis_r"](np.linspace(0.15, 1, len(lines)))
         for (name, values), shade in zip(lines.items(), shades, strict=True):
@@ -330,7 +330,7 @@ def curves(lines: Mapping[str, Array], path: Path, *, xlabel: str = "epoch", yla
 
 def bars(rows: Mapping[str, Mapping[str, Any]], path: Path, *, xlabel: str = "") -> None:
     """A figure by name with its 95 % interval, one below the other."""
-    with _drawing(path, 5.2, 0.32 * len(rows) + 0.9) as figure:
+    with drawing(path, 5.2, 0.32 * len(rows) + 0.9) as figure:
         ax = figure.subplots()
         for place, row in enumerate(rows.values()):
             low, high = (row["value"] if row[k] is None else row[k] for k in ("low", "high"))
@@ -349,7 +349,7 @@ def balls(rows: Sequence[tuple[str, float, float, float]], path: Path, *, ylabel
     """Accuracy against multiply-accumulates; ``(name, GMAC, accuracy, million parameters)``, area by parameters."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    with _drawing(path, 6.4, 4.0) as figure:
+    with drawing(path, 6.4, 4.0) as figure:
         ax = figure.subplots()
         costs = sorted({gmac for _, gmac, _, _ in rows})
         for number, (name, gmac, value, millions) in enumerate(rows):
@@ -374,7 +374,7 @@ def early_exit(found: Mapping[str, Any], path: Path) -> None:
     ``found`` is what `histill.evaluate.early_exit.early_exit` returns.
     """
     line, spent = found["curve"], found["macs"]
-    with _drawing(path, 4.8, 3.6) as figure:
+    with drawing(path, 4.8, 3.6) as figure:
         ax = figure.subplots()
         ax.step(
             np.array(line["macs"]) / 1e6,
@@ -399,7 +399,7 @@ def early_exit(found: Mapping[str, Any], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
+def drawing(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure of so many inches that is at ``path``, whole, once the block is left."""
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histill.errors import BadInput
-from histill.evaluate.figures import _drawing
+from histill.evaluate.figures import drawing
 
 __all__ = ["contours", "outlines"]
 
@@ -24,7 +24,6 @@ def outlines(
     path: Path,
     *,
     predicted: Sequence[NDArray[Any]] | None = None,
-    titles: Sequence[str] | None = None,
 ) -> None:
     """Draw images with the outlines of their masks, four in a row; truth and prediction in two colours.
 
@@ -33,7 +32,6 @@ def outlines(
         masks: ``(H, W)`` integers each, instances or classes: 0 background, below 0 unknown.
         path: The PNG to write.
         predicted: The same of a network. They are drawn over those of the truth, thinner.
-        titles: A line over each.
     """
     from matplotlib.collections import LineCollection
     from matplotlib.lines import Line2D
@@ -41,8 +39,8 @@ def outlines(
     layers = [("truth", TRUTH, 2.0, masks)]
     if predicted is not None:
         layers.append(("prediction", PREDICTED, 1.0, predicted))
-    if not images or any(len(each) != len(images) for *_, each in layers) or (titles and len(titles) != len(images)):
-        raise BadInput("outlines: give at least one image, and a mask (a prediction, a title) for each")
+    if not images or any(len(each) != len(images) for *_, each in layers):
+        raise BadInput("outlines: give at least one image, and a mask (a prediction) for each")
     for *_, each in layers:
         for image, mask in zip(images, each, strict=True):
             if image.shape[:2] != mask.shape:
@@ -52,7 +50,7 @@ def outlines(
     rows = -(-len(images) // columns)
     aspect = max(image.shape[0] / image.shape[1] for image in images)
     width = 3.2 if columns > 1 else 5.0
-    with _drawing(
+    with drawing(
         path, columns * width, rows * (width * aspect + 0.3) + (0.3 if predicted is not None else 0)
     ) as figure:
         grid = figure.subplots(rows, columns, squeeze=False).flat
@@ -64,8 +62,6 @@ def outlines(
             ax.imshow(images[number], interpolation="bilinear")
             for _, colour, weight, each in layers:
                 ax.add_collection(LineCollection(contours(each[number]), colors=colour, linewidths=weight))
-            if titles:
-                ax.set_title(titles[number], fontsize=8)
         if predicted is not None:
             handles = [Line2D([], [], color=colour, linewidth=2 * weight) for _, colour, weight, _ in layers]
             legend = figure.legend(handles, [name for name, *_ in layers], loc="outside lower center", ncols=2)

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from histill.data.packed import Packed
 from histill.data.views import _blurred, uniform
-from histill.evaluate.figures import CYCLE, MUTED, _drawing
+from histill.evaluate.figures import CYCLE, MUTED, drawing
 from histill.evaluate.intervals import figures_with_intervals
 from histill.evaluate.metrics import Scores
 from histill.evaluate.probe import embed, embedded, fit_knn, fit_linear, labelled
 from histill.types import Teacher
 
-__all__ = ["CHANGES", "Change", "changes_figure", "robustness", "robustness_figure"]
+__all__ = ["CHANGES", "Change", "robustness", "robustness_figure"]
 
 _STAINS = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 """Optical density of haematoxylin, eosin and what is left, in R, G and B (Ruifrok and Johnston 2001)."""
@@ -187,14 +187,14 @@ def _cosines(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray((a * b).sum(1) / np.where(norms > 0, norms, 1))
 
 
-def robustness_figure(tables: Mapping[str, pd.DataFrame], path: Path, *, probe: str = "linear") -> None:
+def robustness_figure(tables: Mapping[str, pd.DataFrame], path: Path) -> None:
     """How far embeddings move, and balanced accuracy below where it is known: a column per change, a line per network.
 
     ``tables`` are those of `robustness`, by the name of the network.
     """
     first = next(iter(tables.values()))
-    names, judged = list(dict.fromkeys(first["change"])), probe in first
-    with _drawing(path, 2.05 * len(names) + 0.6, 4.6 if judged else 2.7) as figure:
+    names, judged = list(dict.fromkeys(first["change"])), "linear" in first
+    with drawing(path, 2.05 * len(names) + 0.6, 4.6 if judged else 2.7) as figure:
         grid = figure.subplots(1 + judged, len(names), squeeze=False, sharex="col", sharey="row")
         for column, name in enumerate(names):
             change = CHANGES.get(name)
@@ -205,9 +205,9 @@ def robustness_figure(tables: Mapping[str, pd.DataFrame], path: Path, *, probe: 
                 grid[0, column].fill_between(x, rows["moved_low"], rows["moved_high"], color=colour, alpha=0.13, lw=0)
                 grid[0, column].plot(x, rows["moved"], "o-", color=colour, markersize=3.5, label=network)
                 if judged:
-                    low, high = 100 * rows[f"{probe}_low"], 100 * rows[f"{probe}_high"]
+                    low, high = 100 * rows["linear_low"], 100 * rows["linear_high"]
                     grid[1, column].fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
-                    grid[1, column].plot(x, 100 * rows[probe], "o-", color=colour, markersize=3.5)
+                    grid[1, column].plot(x, 100 * rows["linear"], "o-", color=colour, markersize=3.5)
             grid[0, column].set_title(name)
             grid[-1, column].set_xlabel(change.label if change else "strength")
             grid[0, column].axhline(1, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -217,25 +217,7 @@ def robustness_figure(tables: Mapping[str, pd.DataFrame], path: Path, *, probe: 
         grid[0, 0].set_ylim(bottom=0)
         grid[0, 0].set_ylabel("moved (1 − cosine);\ndashed: another image")
         if judged:
-            grid[1, 0].set_ylabel(f"balanced accuracy, %\n{'linear probe' if probe == 'linear' else 'k-NN'}")
+            grid[1, 0].set_ylabel("balanced accuracy, %\nlinear probe")
         if len(tables) > 1:
             handles, labels = grid[0, 0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=min(len(tables), 5))
-
-
-def changes_figure(images: Tensor, path: Path, *, changes: Mapping[str, Change] = CHANGES, seed: int = 0) -> None:
-    """What the changes look like: a row per change on one of ``images`` ``(B, 3, H, W)`` each, a column per step."""
-    steps = max(len(change.steps) for change in changes.values())
-    with _drawing(path, 1.6 * (steps + 1) + 0.4, 1.75 * len(changes)) as figure:
-        grid = figure.subplots(len(changes), steps + 1, squeeze=False)
-        for number, (axes, (name, change)) in enumerate(zip(grid, changes.items(), strict=True)):
-            one, ids = images[number % len(images)][None], torch.tensor([number % len(images)])
-            for ax, strength in zip(axes, (0.0, *change.steps)):
-                shown = one if strength == 0 else _changing(change, strength, seed)(one, ids)
-                ax.imshow(shown[0].permute(1, 2, 0).clamp(0, 1).numpy())
-                scale = 100 if "%" in change.label else 1
-                ax.set_title(f"{scale * strength:g}" if strength else "as it is", fontsize=8, fontweight="normal")
-            axes[0].set_ylabel(f"{name}\n{change.label}", fontsize=8)
-            for ax in axes:
-                ax.set(xticks=[], yticks=[])
-                ax.spines[:].set_visible(False)
