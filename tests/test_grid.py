@@ -95,6 +95,8 @@ def test_a_tile_is_read_where_it_says_to_a_pixel(sizes: list[tuple[int, int]], g
         centres = start + (np.arange(grid.tile) + 0.5) * span / grid.tile  # level-0 pixels
         within = (centres > 2 * span / grid.tile) & (centres < side - 2 * span / grid.tile)
         other = (y, x)[channel]
+        if other + 2 * span / grid.tile > sizes[0][1 - channel]:  # hardly a pixel of the tile is of the slide
+            continue
         if other + span > sizes[0][1 - channel]:  # white lies beyond the other edge
             line = tile[..., channel][0, :] if channel == 0 else tile[..., channel][:, 0]
         # Half a grey value of rounding, and a pixel of the level that is read, of the whole slide's 255.

@@ -65,6 +65,17 @@ def test_a_disc_has_its_numbers() -> None:
     assert found.probability == pytest.approx(p[p > 0.5].mean(), abs=0.01)
 
 
+def test_the_peak_is_the_likeliest_place_and_of_equal_ones_the_deepest() -> None:
+    p = np.zeros((40, 40))
+    p[10:30, 10:30] = 0.7
+    [flat] = find_lesions(two(p), ["tumour"])
+    assert flat.peak == pytest.approx((20 * PIXEL, 20 * PIXEL), abs=PIXEL)
+    p[12, 26] = 0.75
+    [found] = find_lesions(two(p), ["tumour"])
+    assert found.peak == (26.5 * PIXEL, 12.5 * PIXEL)
+    assert found.peak_probability == pytest.approx(0.75)
+
+
 def test_a_threshold_and_the_largest_class_agree_at_a_half() -> None:
     made = two(disc(100, 40, 50, 20, soft=9))
     [one], [other] = (find_lesions(made, ["tumour"], threshold=t) for t in (None, 0.5))
@@ -182,6 +193,7 @@ def test_the_evidence_does_not_overlap() -> None:
 def test_the_temperature_softens() -> None:
     p = np.array([[0.8, 0.2], [0.5, 0.5]])
     assert tempered(p, 1.0) == pytest.approx(p)
+    assert tempered(np.array([[1 - 1e-6, 1e-6]]), 1.0)[0, 1] == pytest.approx(1e-6)
     odds = tempered(p, 2.0)
     assert odds[0, 0] / odds[0, 1] == pytest.approx(2.0)  # the root of 4
     soft = call_slide(tiles(0.8), ("normal", "tumour"), [lesion(5, 5, 0.8)], ["tumour"], temperature=2.0)

@@ -23,7 +23,7 @@ from histill.data.masks import has_masks
 from histill.data.views import NONE, follow, render
 from histill.errors import BadInput
 from histill.evaluate.intervals import figures_with_intervals
-from histill.evaluate.masks import MaskScores, label_map, scores
+from histill.evaluate.masks import MaskScores, ask, label_map, predictions, scores
 from histill.files import file_digest
 from histill.types import Batch, Outputs, Terms
 
@@ -218,6 +218,63 @@ def test_the_label_map_is_the_likeliest_class_at_full_size() -> None:
     logits = torch.tensor([[[[0.0, 9.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 9.0]]]])
     assert label_map({"logits": logits}, (2, 2)).tolist() == [[[1, 0], [0, 1]]]
     assert label_map({"logits": logits[:, :1] - 4}, (4, 4))[0, 0].tolist() == [0, 0, 1, 1]
+    # Pixels have centres: enlarged, 9 and 0 are 9, 6.75, 2.25 and 0.
+    assert label_map({"logits": logits[:, :1].flip(3) - 6.7}, (4, 4))[0, 0].tolist() == [1, 1, 0, 0]
+
+
+class Drawn(nn.Module):
+    """Says what it was made with, logit 2 for each pixel's class; remembers the mode in which it was asked."""
+
+    def __init__(self, said: Tensor, classes: int) -> None:
+        super().__init__()
+        self.said, self.classes, self.modes = said, classes, list[bool]()
+
+    def forward(self, images: Tensor) -> Outputs:
+        self.modes.append(self.training)
+        return Outputs(logits=2.0 * F.one_hot(self.said, self.classes).movedim(-1, 1))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_pixels_are_counted_by_hand_but_for_the_unknown_ones(tmp_path: Path, mode: bool) -> None:
+    root = write_pairs(tmp_path / "d", 2)
+    truth, said = np.zeros((2, 24, 24), np.uint8), torch.zeros(2, 24, 24, dtype=torch.long)
+    truth[0, :8], truth[0, 8:12] = 2, 255
+    said[0, 2:10], said[0, 12:, :6], said[1, :, :1] = 2, 1, 1
+    for i in range(2):
+        Image.fromarray(truth[i]).save(root / "masks" / f"i0{i}.png")
+    images, network = read_masks(root, classes=("a", "b", "c")), Drawn(said, 3).train(mode)
+    found = ask(network, pack(images, 24), np.arange(2))
+    # Of the first image 48 pixels of c are called a, and 72 of a are called b; four rows are unknown.
+    first, second = [[216, 48, 72], [0, 72, 0], [144, 0, 48]], [[552, 0, 24], [0, 24, 0], [0, 0, 0]]
+    assert found["counts"].tolist() == [first, second]
+    whole = np.log(np.exp(2) + 2)
+    assert found["loss"] == pytest.approx([whole - 2 * 360 / 480, whole - 2 * 552 / 576])
+    assert (network.modes, network.training) == ([False], mode)
+
+    table = predictions(images, np.arange(2), found)
+    assert table["dice_a"].tolist() == pytest.approx([432 / (432 + 48 + 72), 1104 / (1104 + 24)])
+    assert table["iou_a"].tolist() == pytest.approx([216 / 336, 552 / 576])
+    assert table["fn_c"].tolist() == [48, 0]
+    again = scores(table, images.classes)
+    assert (again.counts == found["counts"]).all()
+    assert again.objects is None
+    assert again.figures()["pixel_accuracy"][0] == pytest.approx((360 + 552) / (480 + 576))
+
+
+def test_nuclei_are_counted_by_hand_as_pixels_and_as_objects(tmp_path: Path) -> None:
+    root = write_pairs(tmp_path / "d", 2, kind="instances")
+    truth, nuclei = np.zeros((24, 24), np.uint16), np.zeros((2, 24, 24), np.int64)
+    truth[2:10, 2:10], truth[12:20, 12:20] = 1, 2
+    nuclei[:, 2:10, 2:9], nuclei[:, 12:20, 2:10] = 1, 2  # the first nearly, the second elsewhere
+    for i in range(2):
+        Image.fromarray(truth).save(root / "masks" / f"i0{i}.png")
+    images, network = read_masks(root), Drawn(torch.zeros(2, 24, 24, dtype=torch.long), 2)
+    network.instances = lambda outputs, size: nuclei  # type: ignore[assignment]
+    found = ask(network, pack(images, 24), np.arange(2))
+    assert found["counts"].tolist() == [[[384, 72, 64], [56, 64, 72]]] * 2
+    assert found["objects"].tolist() == [[1, 1, 1, 56 / 64]] * 2
+    again = scores(predictions(images, np.arange(2), found), images.classes)
+    assert again.figures(names=["object_f1", "panoptic_quality"]) == {"object_f1": 0.5, "panoptic_quality": 56 / 128}
 
 
 def test_a_classifier_on_masks_is_one_clear_line() -> None:
