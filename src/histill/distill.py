@@ -19,10 +19,9 @@ from histill.deploy.deliver import deliver
 from histill.errors import BadInput
 from histill.evaluate import figures
 from histill.evaluate.attention import looked_at
-from histill.evaluate.calibration import fit_temperature
-from histill.evaluate.finish import class_rows, counts, gallery_of, predictions, scores, settings, tempered
+from histill.evaluate.finish import calibrating, class_rows, counts, gallery_of, predictions, scores, settings, tempered
 from histill.evaluate.intervals import figures_over_seeds, figures_with_intervals, paired_gain
-from histill.evaluate.metrics import METRICS, Scores, confusion, reliability, roc_curve
+from histill.evaluate.metrics import METRICS, OWN_METRICS, Scores, confusion, reliability, roc_curve
 from histill.evaluate.predict import predict_rows
 from histill.evaluate.report import Picture, distill_report
 from histill.experiment import Experiment, load_recipe, parts
@@ -207,7 +206,7 @@ def _prove(recipe: str, out: Path, images: Images, runs: list[dict[str, Run]]) -
     pair = (alone, distilled) if len(runs) > 1 else (alone[0], distilled[0])
     test["gain"] = paired_gain(*pair, names=METRICS)
     taught = judged["teacher"] if len(runs) > 1 else judged["teacher"][0]
-    test["gap"] = paired_gain(taught, pair[1], names=[name for name in METRICS if name != "agreement"])
+    test["gap"] = paired_gain(taught, pair[1], names=OWN_METRICS)
     summary: dict[str, Any] = {"recipe": recipe, "test": test}
     pictures = _pictures(out, images, {r: s[0] for r, s in judged.items()}, test, tables[0]["student_distilled"])
     chosen = first["student_distilled"]
@@ -313,7 +312,7 @@ def _pictures(out: Path, images: Images, judged: dict[str, Scores], test: dict[s
         figures.roc(curves, home / "roc.png")
         shown.append(Picture(home / "roc.png", f"ROC for {classes[target]}, test images."))
     val = scores(table, classes, "val")
-    temperature = fit_temperature(np.log(np.clip(val.probabilities, 1e-12, None)), val.labels)
+    temperature = calibrating(val)
     calm = tempered(judged["student_distilled"], temperature)
     figures.reliability(
         {"distilled": reliability(judged["student_distilled"]), f"temperature {temperature:.2f}": reliability(calm)},

@@ -210,7 +210,7 @@ def _page(
     home = out / "figures"
     metric = f"val/{main}"
     curves = {
-        f"{'from random weights' if role == 'student_alone' else 'pretrained'}": runs[0][role].log[metric].to_numpy()
+        "from random weights" if role == "student_alone" else "pretrained": runs[0][role].log[metric].to_numpy()
         for role in ROLES
     }
     figures.curves(curves, home / "learning.png", ylabel=f"validation, {named[main]}")

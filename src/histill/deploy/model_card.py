@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 
 from histill.errors import HistillError
 from histill.evaluate.cost import macs
@@ -256,8 +255,7 @@ def _calibration(run: Run, split: str) -> str:
     """How far probabilities are off, and the temperature that validation images ask for."""
     if not split or run.info["data"]["masks"] or not run.classes:
         return ""
-    from histill.evaluate.calibration import fit_temperature
-    from histill.evaluate.finish import scores, tempered
+    from histill.evaluate.finish import calibrating, scores, tempered
     from histill.evaluate.intervals import figures_with_intervals
 
     table = run.predictions
@@ -269,7 +267,7 @@ def _calibration(run: Run, split: str) -> str:
     )
     if split == "test" and (table["split"] == "val").any():
         val = scores(table, run.classes, "val")
-        temperature = fit_temperature(np.log(np.clip(val.probabilities, 1e-12, None)), val.labels)
+        temperature = calibrating(val)
         after = figures_with_intervals(tempered(judged, temperature))["ece"]["value"]
         text += (
             f" With logits divided by {temperature:.3g}, which fits the validation images best, it is "

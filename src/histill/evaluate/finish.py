@@ -18,18 +18,21 @@ from histill.evaluate import figures
 from histill.evaluate.attention import looked_at
 from histill.evaluate.calibration import fit_temperature
 from histill.evaluate.intervals import figures_with_intervals, per_class_table
-from histill.evaluate.metrics import METRICS, Scores, confusion, reliability, roc_curve
+from histill.evaluate.metrics import EXTRA_METRICS, OWN_METRICS, Scores, confusion, reliability, roc_curve
 from histill.evaluate.report import Picture, Table, run_report, share, shown
 from histill.files import write_json
 from histill.run import Run
 
 __all__ = [
+    "FIGURES",
+    "calibrating",
     "check_columns",
     "class_rows",
     "counts",
     "exit_count",
     "finish",
     "gallery_of",
+    "heading",
     "predictions",
     "scores",
     "settings",
@@ -37,7 +40,8 @@ __all__ = [
     "tempered",
 ]
 
-EXTRA = ("macro_precision", "f1_of_means")
+FIGURES = (*OWN_METRICS, *EXTRA_METRICS)
+"""What the page of a run shows."""
 _NO_CONFIDENCE = 20.0
 """A temperature at which probabilities of 1 in a thousand and of 999 in a thousand become 41 and 59 %."""
 
@@ -134,10 +138,19 @@ def exit_rows(table: pd.DataFrame, classes: tuple[str, ...], splits: Sequence[st
     return [Table(["", *splits], rows, "Accuracy by exit")]
 
 
+def calibrating(val: Scores) -> float:
+    """The temperature that calibrates the network, fitted on validation images."""
+    return fit_temperature(_log(val), val.labels)
+
+
 def tempered(before: Scores, temperature: float) -> Scores:
     """The same scores with probabilities softened by a temperature."""
-    logits = np.log(np.clip(before.probabilities, 1e-12, None)) / temperature
-    return Scores(before.labels, softmax(logits, axis=1), before.units, before.teacher, before.positive)
+    probabilities = softmax(_log(before) / temperature, axis=1)
+    return Scores(before.labels, probabilities, before.units, before.teacher, before.positive)
+
+
+def _log(scores: Scores) -> NDArray[np.float64]:
+    return np.asarray(np.log(np.clip(scores.probabilities, 1e-12, None)))
 
 
 def counts(info: dict[str, Any], table: pd.DataFrame | None = None) -> dict[str, dict[str, int]]:
@@ -175,7 +188,7 @@ def finish(out: Path, info: dict[str, Any]) -> None:
     metrics: dict[str, Any] = {}
     pictures = [Picture(_training(out), "Each weighted loss term, the validation figures and the learning rate.")]
     for split, found in by_split.items():
-        metrics[split] = figures_with_intervals(found, names=[*(n for n in METRICS if n != "agreement"), *EXTRA])
+        metrics[split] = figures_with_intervals(found, names=FIGURES)
         metrics[split]["per_class"] = per_class_table(found, classes)
         metrics[split]["confusion"] = confusion(found).tolist()
     tables, notices = [], list(info["notices"])
@@ -183,7 +196,7 @@ def finish(out: Path, info: dict[str, Any]) -> None:
         last, judged = list(by_split.items())[-1]
         if "val" in by_split:
             val = by_split["val"]
-            temperature = fit_temperature(np.log(np.clip(val.probabilities, 1e-12, None)), val.labels)
+            temperature = calibrating(val)
             metrics["temperature"] = temperature
             if temperature > _NO_CONFIDENCE:
                 notices.append(
@@ -206,13 +219,12 @@ def finish(out: Path, info: dict[str, Any]) -> None:
             pictures.append(Picture(seen, caption))
         tables += [class_rows(judged, classes), *exit_rows(table, classes, list(by_split))]
     write_json(out / "metrics.json", metrics)
-    shown = {s: {k: v for k, v in metrics[s].items() if k in (*METRICS, *EXTRA)} for s in by_split}
+    shown = {s: {k: v for k, v in metrics[s].items() if k in FIGURES} for s in by_split}
     if shown:
         run_report(
             out,
             shown,
-            title=info["recipe"].get("name", out.name).rsplit("/", 1)[-1],
-            subtitle=f"One run · {info['data']['root'].rsplit('/', 1)[-1]} · {info['parameters']:,} parameters",
+            **heading(out, info),
             counts=counts(info, table),
             pictures=pictures,
             tables=tables,
@@ -224,11 +236,18 @@ def finish(out: Path, info: dict[str, Any]) -> None:
 
 def table_of(figures: dict[str, Any]) -> str:
     """Figures by split as text."""
-    known = [n for n in (*METRICS, *EXTRA) if any(n in found for found in figures.values())]
+    known = [n for n in FIGURES if any(n in found for found in figures.values())]
     names = known or list(dict.fromkeys(n for found in figures.values() for n, f in found.items() if "value" in f))
     lines = [f"{'':20}" + "".join(f"{split:30}" for split in figures)]
     lines += [f"{n.replace('_', ' '):20}" + "".join(f"{shown(n, f[n]):30}" for f in figures.values()) for n in names]
     return "\n".join(lines)
+
+
+def heading(out: Path, info: dict[str, Any]) -> dict[str, str]:
+    """Title and subtitle of a run's page."""
+    root, count = info["data"]["root"].rsplit("/", 1)[-1], f"{info['parameters']:,}"
+    title = info["recipe"].get("name", out.name).rsplit("/", 1)[-1]
+    return {"title": title, "subtitle": f"One run · {root} · {count} parameters"}
 
 
 def settings(info: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from histill.data.packed import pack
 from histill.errors import BadInput
 from histill.evaluate import figures
-from histill.evaluate.finish import counts, settings
+from histill.evaluate.finish import counts, heading, settings
 from histill.evaluate.intervals import figures_with_intervals
 from histill.evaluate.masks import MaskScores, label_map, scores
 from histill.evaluate.outlines import outlines
@@ -69,8 +69,7 @@ def _page(
     ]
     write_report(
         out / "report.html",
-        title=info["recipe"].get("name", out.name).rsplit("/", 1)[-1],
-        subtitle=f"One run · {info['data']['root'].rsplit('/', 1)[-1]} · {info['parameters']:,} parameters",
+        **heading(out, info),
         answer=f"On the {split} images the mean IoU is {share(metrics[split]['miou'])}.",
         sections=sections,
     )

@@ -39,7 +39,7 @@ from scipy.stats import binomtest, norm
 from scipy.stats import t as student
 
 from histill.errors import BadInput
-from histill.evaluate.metrics import METRICS, Array, Scores, per_class
+from histill.evaluate.metrics import METRICS, OWN_METRICS, Array, Scores, per_class
 
 __all__ = [
     "Figure",
@@ -135,7 +135,7 @@ def paired_gain(
             raise BadInput("a paired comparison needs the same images in the same order on both sides")
     if names is None and isinstance(before[0], Scores):
         both = all(isinstance(s, Scores) and s.teacher is not None for s in (*before, *after))
-        names = [name for name in METRICS if both or name != "agreement"]
+        names = METRICS if both else OWN_METRICS
     values, samples = _sampled([*before, *after], resamples, seed, names)
     n = len(before)
     gain: dict[str, Any] = {}

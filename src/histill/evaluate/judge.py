@@ -14,9 +14,8 @@ from histill.data.packed import Packed, pack
 from histill.data.windows import windows
 from histill.errors import BadInput
 from histill.evaluate import masks
-from histill.evaluate.finish import EXTRA, predictions, scores
+from histill.evaluate.finish import FIGURES, predictions, scores
 from histill.evaluate.intervals import Judged, figures_with_intervals, per_class_table
-from histill.evaluate.metrics import METRICS
 from histill.evaluate.predict import predict_rows
 from histill.machine import find_device
 from histill.progress import notice
@@ -74,7 +73,7 @@ def judge(
     said = predict_rows(run.network().to(where), packed, rows, device=where)
     table = predictions(packed.images, rows, said, classes=run.classes)
     found = scores(table, run.classes, positive=run.info["positive"])
-    figures: dict[str, Any] = figures_with_intervals(found, names=[*(n for n in METRICS if n != "agreement"), *EXTRA])
+    figures: dict[str, Any] = figures_with_intervals(found, names=FIGURES)
     return {"data": figures | {"per_class": per_class_table(found, run.classes)}}
 
 

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from histill.errors import BadInput
 
 __all__ = [
+    "EXTRA_METRICS",
     "METRICS",
+    "OWN_METRICS",
     "Reliability",
     "Scores",
     "confusion",
@@ -42,7 +44,11 @@ METRICS = (
     "ece",
     "agreement",
 )
-"""What every table of figures holds; `agreement` only where there is a teacher."""
+"""What every table of figures holds; ``agreement`` only where there is a teacher."""
+OWN_METRICS = tuple(name for name in METRICS if name != "agreement")
+"""Those that need no teacher."""
+EXTRA_METRICS = ("macro_precision", "f1_of_means")
+"""What a run has besides, as some papers print them."""
 
 BINS = 15
 
@@ -192,7 +198,7 @@ def metrics(scores: Scores, weights: Array | None = None, *, names: Sequence[str
         ``(R,)`` for each name, nan where undefined (one class only, or a class missing from the resample).
     """
     weights = np.ones((len(scores.unit_names), 1)) if weights is None else weights
-    names = [n for n in METRICS if n != "agreement" or scores.teacher is not None] if names is None else names
+    names = (OWN_METRICS if scores.teacher is None else METRICS) if names is None else names
     if "agreement" in names and scores.teacher is None:
         raise BadInput("agreement: these scores have no teacher")
     classes, present = scores.classes, scores.present

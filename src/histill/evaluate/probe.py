@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from histill.data.packed import Packed
 from histill.errors import BadInput
 from histill.evaluate.intervals import Figure, figures_with_intervals
-from histill.evaluate.metrics import METRICS, Array, Scores, metrics
+from histill.evaluate.metrics import OWN_METRICS, Array, Scores, metrics
 from histill.progress import progress
 from histill.types import Teacher
 
@@ -187,10 +187,9 @@ def probe(network: nn.Module | Teacher, packed: Packed, **options: Any) -> dict[
     """``linear`` and ``knn``: each metric on the test images with its 95 % interval (``options`` as for `embed`)."""
     train, val, test = (embedded(network, packed, split, **options) for split in ("train", "val", "test"))
     classes = len(packed.images.classes)
-    names = [name for name in METRICS if name != "agreement"]
     return {
-        "linear": figures_with_intervals(linear_probe(train, val, test, classes), names=names),
-        "knn": figures_with_intervals(knn(train, val, test, classes), names=names),
+        "linear": figures_with_intervals(linear_probe(train, val, test, classes), names=OWN_METRICS),
+        "knn": figures_with_intervals(knn(train, val, test, classes), names=OWN_METRICS),
     }
 
 

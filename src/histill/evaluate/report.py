@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from histill.errors import BadInput
-from histill.evaluate.metrics import METRICS
+from histill.evaluate.metrics import EXTRA_METRICS, METRICS
 from histill.evaluate.page import Card, Cards, Picture, Section, Table, Text, write_report
 
 __all__ = [
@@ -127,7 +127,7 @@ def run_report(
     keys = [name for name in ("accuracy", "balanced_accuracy", "auroc", "ece") if name in figures]
     seeds = len(figures["accuracy"].get("seeds", [0]))
     over = _over(counts.get(split, {}), seeds)
-    names = [name for name in (*METRICS, "macro_precision", "f1_of_means") if any(name in m for m in metrics.values())]
+    names = [name for name in (*METRICS, *EXTRA_METRICS) if any(name in m for m in metrics.values())]
     rows = [[TITLES[n], *(shown(n, m[n]) if n in m else "–" for m in metrics.values())] for n in names]
     what = {
         "test": "of the test images, which it never saw",

@@ -42,7 +42,7 @@ def predictions(images: Images, rows: NDArray[np.int64], said: dict[str, NDArray
 
 def finish(out: Path, info: dict[str, Any]) -> None:
     """An empty ``metrics.json``, and a page with the losses."""
-    from histill.evaluate.finish import settings
+    from histill.evaluate.finish import heading, settings
 
     write_json(out / "metrics.json", {})
     log = pd.read_csv(out / "log.csv")
@@ -51,8 +51,7 @@ def finish(out: Path, info: dict[str, Any]) -> None:
     seen = info["data"]["images"]["train"]
     write_report(
         out / "report.html",
-        title=info["recipe"].get("name", out.name).rsplit("/", 1)[-1],
-        subtitle=f"One run · {info['data']['root'].rsplit('/', 1)[-1]} · {info['parameters']:,} parameters",
+        **heading(out, info),
         answer=f"The loss on {seen:,} images without labels went from {first:.4g} to {last:.4g} in "
         f"{info['epochs_run']} epochs. What that is worth shows in what starts from these weights.",
         sections=[

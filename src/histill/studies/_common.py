@@ -11,7 +11,7 @@ from histill.data.images import Images
 from histill.errors import BadInput
 from histill.evaluate.intervals import Judged, figures_over_seeds, paired_gain
 from histill.evaluate.judge import scores_of
-from histill.evaluate.metrics import METRICS, Scores
+from histill.evaluate.metrics import OWN_METRICS, Scores
 from histill.evaluate.multiplicity import comparisons
 from histill.evaluate.report import Section, Table, share, write_report
 from histill.experiment import Experiment
@@ -71,7 +71,7 @@ class Study:
     def gain(self, name: str, over: str) -> dict[str, Any]:
         """Paired difference of two rows with the same seeds, ``name`` minus ``over``."""
         before, after = self.judged(over), self.judged(name)
-        names = [m for m in METRICS if m != "agreement"] if isinstance(before[0], Scores) else None
+        names = OWN_METRICS if isinstance(before[0], Scores) else None
         return paired_gain(before, after, names=names)
 
     def finish(self, title: str, answer: str, sections: Sequence[Section], summary: dict[str, Any]) -> str:
