@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -132,6 +133,20 @@ def test_pretraining_keeps_what_is_neither_dark_nor_white(tmp_path: Path) -> Non
         "a_192_0.png",
         "a_64_0.png",
     ]
+
+
+@pytest.mark.parametrize(
+    ("preset", "columns"), [("lesion", [0, 32, 64, 96, 128, 160, 192]), ("pretrain", [0, 64, 128, 192])]
+)
+def test_patches_of_another_size_overlap_as_the_preset_s_do(
+    tmp_path: Path, preset: Literal["lesion", "pretrain"], columns: list[int]
+) -> None:
+    write_jpeg_tiff(tmp_path / "a.tiff", [picture(64, 256)])
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.ones((16, 64), np.uint8)).save(tmp_path / "masks" / "a.png")
+    masks = tmp_path / "masks" if preset == "lesion" else None
+    cut_slides([tmp_path / "a.tiff"], tmp_path / "out", preset=preset, masks=masks, tile=64, min_tissue=0.0, min_kb=0.0)
+    assert sorted(pd.read_csv(tmp_path / "out" / "manifest.csv")["x"].unique()) == columns
 
 
 def test_small_files_and_little_tissue_are_left_out(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def tiles(
         slide_mpp: the slides' own microns per pixel, where files do not say; it stands for every slide, and is
             told where a file says another.
         tile: side of a patch in pixels.
-        stride: pixels from one patch to the next.
+        stride: pixels from one patch to the next (lesion: half of --tile; pretrain: all of it).
         share: a patch belongs to a class that covers more than this share of it (lesion: 0.75).
         min_tissue: the share of a patch that must be tissue (lesion: 0.5; pretrain: not asked for).
         min_kb: kilobytes that its PNG must have (lesion: 330, for 512 px; pretrain: any).

@@ -70,11 +70,12 @@ class Cut:
     background: str = "background"
 
     def __post_init__(self) -> None:
-        if not 0 < self.stride <= self.tile or not 0 <= self.share < 1 or self.min_kb < 0:
-            raise BadInput(
-                f"--stride {self.stride} must be 1 to --tile {self.tile}, --share {self.share:g} from 0 to below 1, "
-                f"--min-kb {self.min_kb:g} not negative"
-            )
+        if not 0 < self.stride <= self.tile:
+            raise BadInput(f"--stride {self.stride}: 1 to {self.tile}, which is --tile")
+        if not 0 <= self.share < 1:
+            raise BadInput(f"--share {self.share:g}: from 0 to below 1")
+        if self.min_kb < 0:
+            raise BadInput(f"--min-kb {self.min_kb:g}: not negative")
 
     @property
     def grid(self) -> Grid:
@@ -150,9 +151,12 @@ def cut_slides(
     if masks is not None and not masks.is_dir():
         raise BadInput(f"--masks {masks}: no such folder")
     changes = {name: value for name, value in changes.items() if value is not None}
-    rule = replace(PRESETS[chosen], **changes)
+    of = PRESETS[chosen]
+    if "stride" not in changes:  # patches of another size overlap by as much
+        changes["stride"] = max(1, changes.get("tile", of.tile) * of.stride // of.tile)
+    rule = replace(of, **changes)
     if "min_kb" not in changes:
-        rule = replace(rule, min_kb=rule.min_kb * (rule.tile / PRESETS[chosen].tile) ** 2)
+        rule = replace(rule, min_kb=rule.min_kb * (rule.tile / of.tile) ** 2)
     rule.grid  # noqa: B018 - complains of a tile that cannot be
     found = find_slides(slides)
     readers = {"label": _reader("--label", label), "patient": _reader("--patient", patient)}
