@@ -20,7 +20,7 @@ from torch import Tensor
 
 from histill.errors import BadInput
 from histill.models.stardist import StarDist
-from histill.models.weights import _download
+from histill.models.weights import local
 
 __all__ = ["load_keras"]
 
@@ -61,8 +61,7 @@ def load_keras(network: StarDist, weights: str | Path) -> None:
         BadInput: A file that is missing, unreadable, or of another network.
         Failed: The file could not be fetched.
     """
-    text = str(weights)
-    path = _download(text) if text.startswith(("https://", "http://")) else Path(weights)
+    path = local(weights)
     own, state = network.state_dict(), {}
     with _opened(path) as file:
         layers = _arrays(path, file)

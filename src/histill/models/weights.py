@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from histill.errors import BadInput, Failed
 from histill.files import atomic, cache_dir
 
-__all__ = ["fill", "hub", "imagenet", "load_weights", "read_weights"]
+__all__ = ["fill", "hub", "imagenet", "load_weights", "local", "read_weights"]
 
 _TIMEOUT_S = 5
 _MOST_BYTES = 64 << 30  # of a download
@@ -129,8 +129,7 @@ def _placed(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 def read_weights(weights: str | Path) -> dict[str, Tensor]:
     """The named tensors of a file, a run's folder or an address; see `load_weights`."""
-    text = str(weights)
-    path = _download(text) if text.startswith(("https://", "http://")) else Path(weights)
+    path = local(weights)
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
@@ -221,6 +220,12 @@ def _reachable(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def local(weights: str | Path) -> Path:
+    """The file or folder that ``weights`` names; of an address (``https://...#sha256=...``) what was fetched there."""
+    text = str(weights)
+    return _download(text) if text.startswith(("https://", "http://")) else Path(weights)
 
 
 def _download(address: str) -> Path:

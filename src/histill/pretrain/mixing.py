@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.nn import functional as F
 
 from histill.files import digest
-from histill.losses import kd
+from histill.losses import cross_entropy, kd
 from histill.teachers import Keyed
 from histill.types import Batch, Outputs, Terms
 
@@ -103,11 +101,12 @@ def supervised(
         mix: how they were mixed, if they were.
         weight: of the divergence.
     """
-    logits, labels = student["logits"].float(), batch.labels
-    cross: Callable[[Tensor], Tensor] = lambda label: F.cross_entropy(logits, label, ignore_index=-1)  # noqa: E731
+    logits, labels = student["logits"], batch.labels
     share = 1.0 if mix is None else mix.draw(batch)[0]
-    hard = cross(labels) if share == 1 else share * cross(labels) + (1 - share) * cross(labels.flip(0))
+    hard = cross_entropy(logits, labels)
+    if share < 1:
+        hard = share * hard + (1 - share) * cross_entropy(logits, labels.flip(0))
     terms: dict[str, tuple[float, Tensor]] = {"hard": (1.0, hard)}
     if "logits" in teacher:
-        terms["kd"] = (weight, kd(student["logits"], teacher["logits"], temperature=1.0))
+        terms["kd"] = (weight, kd(logits, teacher["logits"], temperature=1.0))
     return terms
