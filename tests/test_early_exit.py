@@ -56,6 +56,7 @@ def test_the_answer_after_an_exit_is_the_mean_of_those_passed() -> None:
 
 def test_an_image_leaves_at_the_first_exit_that_is_sure() -> None:
     assert leave(passing(P), 0.65).tolist() == [0, 1, 0]
+    assert leave(passing(P), 0.9).tolist() == [0, 1, 1]  # it reaches the threshold
     assert leave(passing(P), 0.95).tolist() == [1, 1, 1]
     assert leave(passing(P), 0.0).tolist() == [0, 0, 0]
 
@@ -160,6 +161,33 @@ def test_a_run_is_judged_with_the_threshold_of_its_validation_images(run: Run, t
     assert (tmp_path / "curve.png").stat().st_size > 5000
     with pytest.raises(BadInput, match="a share from 0 to 1"):
         early_exit(run, loss=5)
+
+
+def test_the_threshold_is_fitted_on_validation_and_judged_on_test_by_hand(run: Run, tmp_path: Path) -> None:
+    # Validation: of the confidences .9, .7, .6 and .55 at exit 1 the last alone is wrong. Test: the surest is wrong.
+    first = [0.9, 0.6, 0.3, 0.55, 0.05, 0.65, 0.42, 0.56, 0.5]
+    last = [0.9, 0.8, 0.1, 0.05, 0.99, 0.9, 0.1, 0.1, 0.2]
+    zero, one = run.classes
+    said: dict[str, Any] = {
+        "image": [f"{i}.png" for i in range(9)],
+        "patient": "",
+        "split": ["val"] * 4 + ["test"] * 5,
+        "label": [zero, zero, one, one, zero, zero, one, one, one],
+    }
+    for name, p in (("", (np.array(first) + last) / 2), ("exit1_", np.array(first)), ("exit2_", np.array(last))):
+        said |= {f"{name}prob_{zero}": p, f"{name}prob_{one}": 1 - p}
+    shutil.copytree(run.path, tmp_path / "run")
+    pd.DataFrame(said).to_parquet(tmp_path / "run/predictions.parquet")
+    found = early_exit(replace(run, path=tmp_path / "run"), loss=0.0)
+    assert found["threshold"] == pytest.approx(0.575)
+    assert found["validation"] == {"accuracy": 1.0, "whole": 1.0}
+    assert (found["accuracy"]["value"], found["whole"]["value"]) == (0.8, 1.0)
+    assert found["gain"]["value"] == pytest.approx(-0.2)
+    assert found["leaving"] == pytest.approx([0.6, 0.4])
+    assert [exit["value"] for exit in found["exits"]] == [0.4, 1.0]
+    cheap, dear = found["macs"]["exits"]
+    assert found["macs"]["mean"] == pytest.approx(0.6 * cheap + 0.4 * dear)
+    assert found["curve"]["accuracy"] == pytest.approx([1.0, 0.8, 0.8, 0.8, 0.6, 0.4])
 
 
 def test_a_runs_page_has_the_accuracy_of_each_exit(run: Run) -> None:
