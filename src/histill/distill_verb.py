@@ -81,10 +81,18 @@ def _begun(out: Path, given: dict[str, Any], values: dict[str, Any]) -> dict[str
     return values
 
 
+def _note(out: Path, recipe: str, values: dict[str, Any]) -> None:
+    """Write ``distill.json``, by which ``out`` is known and gone on with."""
+    from histill.experiment import plain
+
+    arguments = {n: plain(v) for n, v in values.items() if n != "resume"}
+    write_json(out / "distill.json", {"recipe": recipe, "arguments": arguments})
+
+
 def _distill(name: str, student: list[str], teacher: list[str], flags: Any, values: dict[str, Any]) -> None:
     from histill.data.packed import pack
     from histill.distill import SHARED, distill, teacher_arguments
-    from histill.experiment import load_recipe, plain
+    from histill.experiment import load_recipe
 
     given, values = values, filled(flags, values)
     out: Path = values.pop("out")
@@ -95,14 +103,13 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
         return
     if values["data"] is None:
         raise BadInput(LACKING["data"])
-    record = {n: plain(v) for n, v in values.items() if n != "resume"}
     # What is wrong with the images or the student is found before the folder is taken and the teacher trained.
     images = read_data(values)
     student_arguments = {n: values[n] for n in student if n not in ("teacher", "unlabelled", "seed")}
     trial = load_recipe(name)[0].student(data=images, seed=values["seed"], **student_arguments)
     check_trains(trial)
     pack(images, trial.image_size, strict=trial.strict)
-    write_json(out / "distill.json", {"recipe": name, "arguments": record})
+    _note(out, name, values)
     paths: dict[str, Any] = {n: values.get(n) and Path(values[n]) for n in ("teacher", "unlabelled", "code")}
     with given_back(out, values["resume"]):
         summary = distill(
@@ -143,7 +150,6 @@ _PRETRAINED = ("network", "strict")
 
 
 def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: dict[str, Any]) -> None:
-    from histill.experiment import plain
     from histill.transfer import transfer
 
     given, values = values, filled(flags, values)
@@ -168,16 +174,13 @@ def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: d
 
         machine = {n: values[n] for n in ("device", "precision", "resume")}
         say(f"{values['data']} has no labels: the backbone is pretrained, and there is nothing to judge it by")
-        record = {n: plain(v) for n, v in values.items() if n != "resume"}
-        write_json(out / "distill.json", {"recipe": name, "arguments": record})
+        _note(out, name, values)
         own = pretrain | {"seed": values["seed"]}
         pretrain_alone(name, Path(values["data"]), out, teacher=values["teacher"], arguments=own, **machine)
         say(f"{out / 'pretrained' / 'report.html'}")
         return
     check_trains(module.finetune(data=read_data(values), **{n: values[n] for n in finetune}))
-    write_json(
-        out / "distill.json", {"recipe": name, "arguments": {n: plain(v) for n, v in values.items() if n != "resume"}}
-    )
+    _note(out, name, values)
     with given_back(out, values["resume"]):
         summary = transfer(
             name,

@@ -114,7 +114,7 @@ def transfer(
         check_apart(more, images)
         check_start((pretrain_arguments or {}).get("weights"), images)
         machine: dict[str, Any] = {"device": device, "precision": precision, "resume": resume}
-        words = teacher[0] if not isinstance(teacher, str) and len(teacher) == 1 else teacher
+        words = _words(teacher)
         own = {"teacher": words, "seed": seed, **(pretrain_arguments or {})}
         known = set(inspect.signature(module.pretrain).parameters)
         pretrained = train(
@@ -142,13 +142,18 @@ def pretrain_alone(
     module, _ = load_recipe(recipe)
     with locked(out):
         sweep(out)
-        words = teacher[0] if not isinstance(teacher, str) and len(teacher) == 1 else teacher
-        run = train(module.pretrain(read_unlabelled(unlabelled), words, **arguments), out / "pretrained", **machine)
+        images = read_unlabelled(unlabelled)
+        run = train(module.pretrain(images, _words(teacher), **arguments), out / "pretrained", **machine)
         log = run.log
         losses = {"first": float(log["loss"].iloc[0]), "last": float(log["loss"].iloc[-1])}
         summary = {"recipe": recipe, "pretraining": {"loss": losses, "images": run.info["data"]["images"]["train"]}}
         write_json(out / "summary.json", summary)
         return summary
+
+
+def _words(teacher: str | Sequence[str]) -> str | Sequence[str]:
+    """A single teacher by itself, as most recipes take no other."""
+    return teacher[0] if not isinstance(teacher, str) and len(teacher) == 1 else teacher
 
 
 def _probed(pretrained: Run, images: Images, teacher: Any, out: Path) -> dict[str, Any]:
