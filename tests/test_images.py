@@ -341,3 +341,9 @@ def test_few_names_the_first_and_counts_the_rest() -> None:
     assert few("abcdefg") == "a, b, c, d, e and 2 more"
     assert few([1, 2, 3], most=1) == "1 and 2 more"
     assert few(["a" * 400, "b" * 200 + "c" * 5000 + "d" * 200]) == f"{'a' * 400}, {'b' * 150}…{'d' * 150}"
+
+
+def test_a_slide_stands_for_its_patient_where_none_is_named(tmp_path: Path) -> None:
+    rows = "a.png,x,,s1\nb.png,y,p2,s1\nc.png,x,,\nd.png,y,,s2\n"
+    images = read_images(manifest(small(tmp_path), "path,label,patient,slide\n" + rows))
+    assert images.frame["patient"].tolist() == ["s1", "p2", "", "s2"]

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from tiny import SIZE, Tiny, table
+from torch import Tensor
 
 from histill.data import Packed, pack
 from histill.errors import BadInput
 from histill.evaluate.metrics import metrics
+from histill.evaluate.predict import predict_rows
 from histill.evaluate.probe import (
     Embedded,
     embed,
@@ -24,6 +26,7 @@ from histill.evaluate.probe import (
     probe,
 )
 from histill.teachers import Frozen
+from histill.types import Outputs
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,26 @@ def test_embeddings_are_the_network_s_on_the_images_themselves(packed: Packed) -
     assert np.allclose(embed(Frozen(network), packed, rows), values, atol=1e-6)
     maps = embed(lambda batch: {"m": batch.images}, packed, rows, output="m")  # type: ignore[arg-type, return-value]
     assert np.allclose(maps, packed.batch(rows).images.mean((2, 3)).numpy(), atol=1e-6)
+
+
+class Watched(Tiny):
+    """Remembers the mode in which it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: list[bool] = []
+
+    def forward(self, images: Tensor) -> Outputs:
+        self.modes.append(self.training)
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("ask", [embed, predict_rows])
+def test_a_network_that_is_asked_is_in_eval_mode_and_left_as_it_was(packed: Packed, ask, mode: bool) -> None:  # type: ignore[no-untyped-def]
+    network = Watched().train(mode)
+    ask(network, packed, np.arange(4), batch_size=2)
+    assert (network.modes, network.training) == ([False, False], mode)
 
 
 def test_a_network_is_probed_with_intervals(packed: Packed) -> None:
