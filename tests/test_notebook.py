@@ -49,6 +49,11 @@ def test_images_are_copied_compared_and_pickled(data: Images) -> None:
     assert (experiment(data) == experiment(again)) is False
 
 
+def test_an_experiment_goes_to_another_process(data: Images) -> None:
+    sent = pickle.loads(pickle.dumps(experiment(data)))
+    assert (sent.data.split_hash, sent.schedule(0.5)) == (data.split_hash, 1.0)
+
+
 def test_images_take_a_root_that_is_text(data: Images) -> None:
     assert Images(data.frame, str(data.root), list(data.classes)).paths() == data.paths()  # type: ignore[arg-type]
 

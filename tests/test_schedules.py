@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histill.schedules import constant, cosine, steps, warm_cosine, warm_restarts, warmup
+from histill.schedules import Schedule, constant, cosine, steps, warm_cosine, warm_restarts, warmup
 
 
 def test_constant_is_one() -> None:
@@ -60,3 +61,19 @@ def test_warm_cosine_warms_up_for_an_epoch_or_a_tenth(epochs: float, warm: float
     made, plain = warm_cosine(epochs), cosine(epochs)
     assert made(warm / 2) == pytest.approx(plain(warm / 2) / 2, rel=0.01)
     assert [made(warm + k) for k in range(3)] == [plain(warm + k) for k in range(3)]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        constant(),
+        cosine(9, final=0.1),
+        steps([2, 5]),
+        warm_cosine(12),
+        warm_restarts(2, factor=2),
+        warmup(3, steps([4])),
+    ],
+)
+def test_a_schedule_can_be_sent_to_another_process(schedule: Schedule) -> None:
+    sent = pickle.loads(pickle.dumps(schedule))
+    assert [sent(e / 4) for e in range(60)] == [schedule(e / 4) for e in range(60)]

@@ -109,6 +109,15 @@ def test_what_the_data_brings_is_kept_and_what_is_missing_is_cut_from_train() ->
     assert split(table(rows, whole), val=0.4, test=0.4).frame["split"].tolist() == whole
 
 
+def test_a_brought_part_without_a_class_is_told_once() -> None:
+    rows = [("abc"[p % 3], f"p{p}") for p in range(30)]
+    brought = ["train" if p < 15 or p % 3 == 2 else "val" if p < 22 else "test" for p in range(30)]
+    parts = split(table(rows, brought))
+    said = "no image of c in the {} split: means over classes there leave it out"
+    assert split(parts).notices == parts.notices == (said.format("val"), said.format("test"))
+    assert split(table(rows)).notices == ()
+
+
 def test_a_part_of_no_share_is_left_out() -> None:
     rows = [("ab"[p % 2], f"p{p}") for p in range(20)]
     assert set(split(table(rows), val=0.2, test=0).frame["split"]) == {"train", "val"}

@@ -257,7 +257,8 @@ def check_unseen(teacher: Run, images: Images, *, size: int | None = None) -> No
         known = set(table["content"][table["split"] == seen])
         if len(leaked := frame["path"][frame["split"].isin(judged) & frame["content"].isin(known)]):
             raise BadInput(
-                f"leak: {teacher.path} {did} {len(leaked)} of the {what} images: {few(leaked)}; give it the same split"
+                f"leak: {teacher.path} {did} {len(leaked)} of the {what} images: {few(leaked)}; "
+                "give it the same split (--val, --test, --split-seed)"
             )
 
     refuse("was trained on", "train", ("val", "test"), "validation and test")

@@ -25,7 +25,8 @@ def split(
 
     Where patients are known they are divided, otherwise images (copies of one image stay together). A split that the
     data brings is kept; what is missing of it is cut from the training part, so that the test part stays untouched.
-    Groups are dealt in random order, the largest first, each to the part that lacks most of its classes.
+    Groups are dealt in random order, the largest first, each to the part that lacks most of its classes. Where a split
+    that the data brings lacks a class for validation or test, the notices say it.
 
     Args:
         data: the images.
@@ -60,6 +61,7 @@ def split(
     frame.loc[free, "split"] = _deal(frame[free], units[free], shares, seed)
     parts = data.with_frame(frame)
     check_leaks(parts)
+    lacking = []
     wanted = {"train"} | {name for name in ("val", "test") if shares[name] > 0 or name in given}
     for name in SPLITS:
         if data.masks or not data.classes:
@@ -72,7 +74,8 @@ def split(
                 raise BadInput(
                     f"no image of {few(absent)} in the {name} split: too few {unit}; bring more or give a split"
                 )
-    return parts
+            lacking.append(f"no image of {few(absent)} in the {name} split: means over classes there leave it out")
+    return parts.with_frame(parts.frame, *(line for line in lacking if line not in data.notices))
 
 
 def _deal(frame: pd.DataFrame, units: pd.Series[str], shares: dict[str, float], seed: int) -> list[str]:
