@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import importlib
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -75,3 +78,17 @@ def heavy(statement: str) -> set[str]:
 def test_nothing_heavy_is_imported_before_it_is_used() -> None:
     assert heavy("import histill, histill.cli") == set()
     assert "torch" not in heavy("import histill.evaluate.metrics, histill.evaluate.intervals")
+
+
+def test_rooms_import_one_way() -> None:
+    home = Path(hs.__file__).parent
+    before: dict[str, set[str]] = {}
+    for file in home.rglob("*.py"):
+        room = file.relative_to(home).parts[0].removesuffix(".py")
+        for node in ast.parse(file.read_text()).body:  # what a function imports, it may
+            for name in [node.module] if isinstance(node, ast.ImportFrom) else []:
+                if name and name.startswith("histill.") and (other := name.split(".")[1]) != room:
+                    before.setdefault(room, set()).add(other)
+    order = list(graphlib.TopologicalSorter(before).static_order())  # raises where there is a cycle
+    shown = ("data", "evaluate", "experiment", "loop", "distill", "studies")
+    assert [room for room in order if room in shown] == list(shown)

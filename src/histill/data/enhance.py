@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histill.data.decode import MAX_PIXELS, decode
-from histill.data.images import _from_manifest, few, images_below
+from histill.data.images import few, images_below, read_manifest
 from histill.errors import BadInput, require
 from histill.files import atomic, file_digest, locked, read_json, write_json
 from histill.progress import notice, progress
@@ -116,7 +116,7 @@ def _listed(images: Path) -> pd.DataFrame:
     if images.is_dir():
         table = pd.DataFrame({"path": [path.relative_to(images).as_posix() for path in images_below(images)]})
     elif images.is_file():
-        table = _from_manifest(images, needed=("path",)).drop_duplicates()
+        table = read_manifest(images, needed=("path",)).drop_duplicates()
         table = table[[column for column in table if (table[column] != "").any()]]
         if "mask" in table:
             notice("masks are not enlarged: the column mask is left out")

@@ -199,12 +199,12 @@ def read_images(source: str | Path, *, patient: str | None = None) -> Images:
         frame = _from_folder(source)
         root = source
     elif source.is_file():
-        frame = _from_manifest(source)
+        frame = read_manifest(source)
         root = source.parent
     else:
         raise BadInput(f"--data {source}: no such folder or manifest")
     if patient is not None:
-        frame["patient"] = _patients(frame["path"], patient)
+        frame["patient"] = patients_of(frame["path"], patient)
     _check_names(frame, source)
     notices = []
     if repeated := sorted(frame["path"][frame["path"].duplicated()].unique()):
@@ -216,7 +216,7 @@ def read_images(source: str | Path, *, patient: str | None = None) -> Images:
         notices.append(f"{len(repeated)} images are listed more than once, kept once: {few(repeated)}")
     if 0 < (nobody := frame["patient"] == "").sum() < len(frame):
         notices.append(f"{nobody.sum()} images have no patient, each is taken alone: {few(frame['path'][nobody])}")
-    frame["content"] = _contents([root / path for path in frame["path"]])
+    frame["content"] = contents_of([root / path for path in frame["path"]])
     if away := _lead_out(root, frame["path"]):
         notices.append(f"{len(away)} images are links to outside {root}: {few(away)}")
     _check_labels(frame, source)
@@ -245,9 +245,9 @@ def read_unlabelled(folder: str | Path) -> Images:
     paths = images_below(root)
     if not paths:
         raise BadInput(f"--unlabelled {root}: no images in it")
-    frame = _frame(path=[p.relative_to(root).as_posix() for p in paths], label=UNLABELLED, split="train")
+    frame = frame_of(path=[p.relative_to(root).as_posix() for p in paths], label=UNLABELLED, split="train")
     _check_names(frame, root)
-    frame["content"] = _contents(paths)
+    frame["content"] = contents_of(paths)
     return Images(frame[list(COLUMNS)], root, ())
 
 
@@ -257,7 +257,7 @@ def read_paths(manifest: Path) -> list[Path]:
     Raises:
         BadInput: as for a manifest of `read_images`, but for the labels.
     """
-    return [manifest.parent / path for path in _from_manifest(manifest, needed=("path",))["path"]]
+    return [manifest.parent / path for path in read_manifest(manifest, needed=("path",))["path"]]
 
 
 def check_leaks(images: Images) -> None:
@@ -278,7 +278,8 @@ def complete(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.reindex(columns=list(COLUMNS), fill_value="")
 
 
-def _frame(**columns: Sequence[str] | str) -> pd.DataFrame:
+def frame_of(**columns: Sequence[str] | str) -> pd.DataFrame:
+    """A table of these columns; see `complete`."""
     return complete(pd.DataFrame(dict(columns)))
 
 
@@ -320,10 +321,11 @@ def _from_folder(folder: Path) -> pd.DataFrame:
         rows += [(p.relative_to(folder).as_posix(), class_folder.name, split) for p in found]
     if not rows:
         raise BadInput(f"--data {folder}: no class folders under {few(p.name for p in top)}")
-    return _frame(path=[r[0] for r in rows], label=[r[1] for r in rows], split=[r[2] for r in rows])
+    return frame_of(path=[r[0] for r in rows], label=[r[1] for r in rows], split=[r[2] for r in rows])
 
 
-def _from_manifest(file: Path, needed: Sequence[str] = ("path", "label")) -> pd.DataFrame:
+def read_manifest(file: Path, needed: Sequence[str] = ("path", "label")) -> pd.DataFrame:
+    """The table of a CSV file that has the columns ``needed``; `read_images` says which others, and what is refused."""
     _check_size(file)
     try:
         # Without a header, so that a row of more fields than the first is an error and not an index.
@@ -364,7 +366,7 @@ def _from_manifest(file: Path, needed: Sequence[str] = ("path", "label")) -> pd.
         frame["split"] = names.map(_SPLIT_NAMES)
     if "mpp" in frame and (odd := [v for v in frame["mpp"] if v and not _is_mpp(v)]):
         raise BadInput(f"{file}: mpp {few(odd)}: microns per pixel, a number above 0")
-    table = _frame(**{c: list(frame[c]) for c in COLUMNS if c in frame and c not in ("content", "mask_content")})
+    table = frame_of(**{c: list(frame[c]) for c in COLUMNS if c in frame and c not in ("content", "mask_content")})
     # Patches of one slide belong together: where nobody says whose it is, the slide stands for its patient.
     table["patient"] = table["patient"].where(table["patient"] != "", table["slide"])
     return table
@@ -432,7 +434,8 @@ def _inside(file: Path, row: int, path: str) -> str:
     return os.path.relpath(whole, root).replace(os.sep, "/")
 
 
-def _patients(paths: pd.Series[str], pattern: str) -> list[str]:
+def patients_of(paths: pd.Series[str], pattern: str) -> list[str]:
+    """The patient of each path, by a regular expression; `BadInput` where it finds none in one."""
     try:
         find = re.compile(pattern)
     except re.error as error:
@@ -444,7 +447,8 @@ def _patients(paths: pd.Series[str], pattern: str) -> list[str]:
     return [name for name in names if name]
 
 
-def _contents(paths: list[Path]) -> list[str]:
+def contents_of(paths: list[Path]) -> list[str]:
+    """SHA-256 of each file; `BadInput` where one is missing."""
     if missing := [p for p in paths if not os.path.isfile(p)]:  # noqa: PTH113 - raises for no name at all
         raise BadInput(f"{len(missing)} images do not exist: {few(missing)}")
     return list(of_each(paths, file_digest, "hashing"))

@@ -15,15 +15,15 @@ from histill.data.decode import EXTENSIONS, FORMATS
 from histill.data.images import (
     COLUMNS,
     Images,
-    _contents,
-    _frame,
-    _from_manifest,
-    _patients,
     check_leaks,
+    contents_of,
     few,
+    frame_of,
     given_path,
     images_below,
     of_each,
+    patients_of,
+    read_manifest,
 )
 from histill.data.mapped import mapped
 from histill.errors import BadInput
@@ -88,12 +88,12 @@ def read_masks(
     if source.is_dir():
         root, frame = source, _from_folders(source)
     elif source.is_file():
-        root, frame = source.parent, _from_manifest(source, needed=("path", "mask"))
+        root, frame = source.parent, read_manifest(source, needed=("path", "mask"))
     else:
         raise BadInput(f"--data {source}: no such folder or manifest")
     if patient is not None:
-        frame["patient"] = _patients(frame["path"], patient)
-    frame["content"] = _contents([root / path for path in frame["path"]])
+        frame["patient"] = patients_of(frame["path"], patient)
+    frame["content"] = contents_of([root / path for path in frame["path"]])
     seen = list(of_each(range(len(frame)), partial(_see, root, frame), "reading masks"))
     frame["mask_content"] = [one.content for one in seen]
     if odd := [path for path, one in zip(frame["mask"], seen) if one.sizes[0] != one.sizes[1]]:
@@ -256,7 +256,7 @@ def _from_folders(folder: Path) -> pd.DataFrame:
         raise BadInput(f"{images}: no images ({', '.join(sorted(EXTENSIONS))}) in it")
     if missing := [p.name for p in paths if p.relative_to(images).with_suffix("") not in by_stem]:
         raise BadInput(f"{masks}: {len(missing)} images have no mask of the same name: {few(missing)}")
-    return _frame(
+    return frame_of(
         path=[p.relative_to(folder).as_posix() for p in paths],
         mask=[by_stem[p.relative_to(images).with_suffix("")].relative_to(folder).as_posix() for p in paths],
     )

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histill.data.decode import decode, load
-from histill.data.images import _from_manifest, few, images_below, read_paths
+from histill.data.images import few, images_below, read_manifest, read_paths
 from histill.deploy.deliver import open_any
 from histill.deploy.outline import Outlined, outline_folder, write_pictures
 from histill.deploy.predictor import Predictor, one_line, predict_folder
@@ -173,7 +173,7 @@ def _pictures(names: list[Path]) -> dict[Path, Path]:
 def _microns(model: Path, images: Path, paths: list[Path]) -> dict[Path, float]:
     """Microns per pixel of the images where they are known: by the manifest, or as in the images of the run."""
     if images.suffix.lower() == ".csv":
-        frame = _from_manifest(images, needed=("path",))
+        frame = read_manifest(images, needed=("path",))
         if told := {images.parent / path: float(mpp) for path, mpp in zip(frame["path"], frame["mpp"]) if mpp}:
             return told
     known = set(Run.open(model).data.frame["mpp"]) if (model / "run.json").is_file() else set()
