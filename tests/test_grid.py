@@ -156,6 +156,20 @@ def test_coordinates_go_to_a_level_and_back_exactly(ratio: float) -> None:
         assert tile[0, 0].tolist() == [column % 256, row % 256, 1]  # the stored pixels
 
 
+@pytest.mark.parametrize(("width", "columns"), [(448, 2), (449, 3), (672, 3)])
+def test_where_tiles_fill_the_slide_there_is_none_beside_it(width: int, columns: int) -> None:
+    table = Grid(0.25, 224).tiles(slide_of(Places([(width, 224)])))
+    assert table.to_numpy().tolist() == [[224 * n, 0, 224, 224] for n in range(columns)]
+
+
+def test_a_resized_tile_begins_and_ends_within_a_pixel() -> None:
+    # 7 pixels of 2.3 each, from 20 to 36.1 and from 30 to 46.1, on a ramp of 2.55 grey values per pixel.
+    tile = Grid(0.575, 7).read(slide_of(Ramp([(100, 100)])), 20, 30).astype(float)
+    centres = (np.arange(7) + 0.5) * 2.3
+    assert np.abs(tile[3, :, 0] - 2.55 * (20 + centres)).max() <= 1.1  # rounded twice
+    assert np.abs(tile[:, 3, 1] - 2.55 * (30 + centres)).max() <= 1.1
+
+
 def test_tiles_of_half_the_size_are_means() -> None:
     class Noise(Places):
         pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
