@@ -45,7 +45,7 @@ def module(make: Callable[[], torch.nn.Module], **options: object) -> Case:
             if isinstance(network, losses.CRDMemory):
                 torch.manual_seed(1)
                 network.eval()
-                return network(student, teacher, torch.arange(len(student)))
+                return network(student, teacher, torch.arange(len(student), device=student.device))
             if isinstance(network, losses.Projection):
                 return network(student, [teacher, teacher])
             return network(student, teacher)
@@ -76,13 +76,13 @@ CASES: dict[str, Case] = {
     "cross_entropy": plain(lambda s, t, y: losses.cross_entropy(s, y), teacher=False),
     "cross_entropy smoothed": plain(lambda s, t, y: losses.cross_entropy(s, y, smoothing=0.1), teacher=False),
     "cross_entropy weighted": plain(
-        lambda s, t, y: losses.cross_entropy(s, y, weight=torch.arange(1, 6).to(s.dtype)), teacher=False
+        lambda s, t, y: losses.cross_entropy(s, y, weight=torch.arange(1, 6).to(s)), teacher=False
     ),
     "cross_entropy dense": plain(lambda s, t, y: losses.cross_entropy(s, y), shape=DENSE, teacher=False),
     "focal": plain(lambda s, t, y: losses.focal(s, y), teacher=False),
     "focal gamma 0.5": plain(lambda s, t, y: losses.focal(s, y, gamma=0.5, alpha=0.25), teacher=False),
     "focal dense": plain(
-        lambda s, t, y: losses.focal(s, y, alpha=torch.arange(1, 6).to(s.dtype)), shape=DENSE, teacher=False
+        lambda s, t, y: losses.focal(s, y, alpha=torch.arange(1, 6).to(s)), shape=DENSE, teacher=False
     ),
     "dice": plain(lambda s, t, y: losses.dice(s, y), shape=DENSE, teacher=False),
     "star_loss": plain(star, shape=DENSE),

@@ -39,7 +39,8 @@ class Experiment:
             without either (`histill.data.read_unlabelled`), which a teacher or the images themselves must then teach.
         student: makes the network: a `functools.partial` of a class or function with keyword arguments that JSON can
             hold, so that the run folder can make it again.
-        objective: ``(student, teacher, batch) -> {name: (weight, loss)}``.
+        objective: ``(student, teacher, batch) -> {name: (weight, loss)}``. One with a ``step`` is told before each
+            step how many were done.
         image_size: height and width in pixels that the student sees.
         teacher: what the objective compares with; none for a network's own training.
         inputs: ``(batch, teacher's outputs) -> (N, 3, H, W)``, what the student is shown, where that is not the batch's

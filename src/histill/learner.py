@@ -17,7 +17,10 @@ __all__ = ["Average", "Learner", "check_draws", "freeze"]
 
 
 class Learner(nn.Module):
-    """Whatever trains, behind one forward: the student, and the objective where it has weights of its own."""
+    """Whatever trains, behind one forward: the student, and the objective where it has weights of its own.
+
+    An objective with a ``step`` is told before each step how many were done, so that it can change with time.
+    """
 
     def __init__(self, student: nn.Module, experiment: Experiment) -> None:
         super().__init__()
@@ -27,6 +30,11 @@ class Learner(nn.Module):
         follow = getattr(self.objective, "follow", None)
         if follow is not None:  # a momentum encoder starts as the student and moves after it
             follow(student)
+
+    def begin(self, step: int) -> None:
+        """Before each step: how many were done."""
+        if hasattr(self.objective, "step"):
+            self.objective.step = step
 
     def forward(self, batch: Batch, teacher: Outputs) -> Terms:
         shown = batch.images if self.inputs is None else self.inputs(batch, teacher)
@@ -63,8 +71,9 @@ class Average:
     @torch.no_grad()
     def update(self, student: nn.Module, step: int) -> None:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        for mean, value in zip(self.network.state_dict().values(), student.state_dict().values()):
-            if mean.is_floating_point():
-                mean.lerp_(value, weight)
-            else:
-                mean.copy_(value)
+        both = list(zip(self.network.state_dict().values(), student.state_dict().values()))
+        means, values = zip(*(pair for pair in both if pair[0].is_floating_point()))
+        torch._foreach_lerp_(means, values, weight)
+        for count, value in both:
+            if not count.is_floating_point():
+                count.copy_(value)

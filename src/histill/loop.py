@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from histill.accelerator import Tally
 from histill.data.images import Images
 from histill.data.packed import Packed, pack
 from histill.data.views import VERSION
@@ -174,6 +175,7 @@ def _train(
         write_json(out / "run.json", info)
 
     def save() -> None:
+        tally.read(state.sums)
         if isinstance(teacher, Cached):
             teacher.flush()  # what was heard up to here is heard again after a resume, bit for bit
         if fabric.is_global_zero:
@@ -184,7 +186,7 @@ def _train(
             with writing(checkpoint) as temporary:
                 torch.save(everything, temporary)
 
-    judged, buffers = average.network if average else student, Buffers(learner)
+    judged, buffers, tally = average.network if average else student, Buffers(learner), Tally()
     saved_at = time.monotonic()
     steps = math.ceil(len(rows["train"]) / experiment.batch_size)
     seen = state.epoch * len(rows["train"]) + state.step * experiment.batch_size
@@ -198,11 +200,14 @@ def _train(
                 when = state.epoch + state.step / steps
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = float(rate * experiment.schedule(when))
+                learner.begin(state.epoch * steps + state.step)
                 if len(batch_rows) > 1 or steps == 1:
-                    _step(experiment, packed, batch_rows, state, teacher, forward, optimizer, fabric, buffers)
+                    _step(experiment, packed, batch_rows, state, teacher, forward, optimizer, fabric, buffers, tally)
                     if average:
                         average.update(student, state.epoch * steps + state.step)
                 state.step += 1
+                if fabric.device.type == "cpu" or state.step == steps or state.step % Tally.EVERY == 0:
+                    tally.read(state.sums)
                 state.seconds += time.monotonic() - start
                 _advance(bar, state, experiment, len(batch_rows))
                 if time.monotonic() - saved_at >= checkpoint_seconds and state.step < steps:
@@ -252,6 +257,7 @@ def _step(
     optimizer: Any,
     fabric: Fabric,
     buffers: Buffers,
+    tally: Tally,
 ) -> None:
     """One step of the optimiser; where memory runs out on the way to the gradient, anew in more pieces."""
     buffers.keep()
@@ -268,16 +274,10 @@ def _step(
         state.pieces = halved(state.pieces, images=len(rows), parts=parts, processes=fabric.world_size)
         optimizer.zero_grad(set_to_none=True)
         buffers.restore()
+    means = torch.stack(list(raw.values()))
     if fabric.world_size > 1:  # every process knows, logs and fails on the same figures
-        summed = fabric.all_reduce(torch.tensor(list(raw.values()), dtype=torch.float64), reduce_op="sum")
-        raw = dict(zip(raw, summed.tolist()))
-    for name, value in raw.items():
-        if not math.isfinite(value):
-            raise Failed(
-                f"the loss term {name!r} is {value} in epoch {state.epoch} step {state.step}; "
-                "lower --lr, or clip the gradient"
-            )
-        state.sums[f"raw/{name}"] = state.sums.get(f"raw/{name}", 0.0) + value * len(rows)
+        means = fabric.all_reduce(means, reduce_op="sum")
+    tally.add(f"epoch {state.epoch} step {state.step}", len(rows), list(raw), means)
     state.images += len(rows)
     if experiment.clip:  # a gradient that is not finite shows in the next step's loss, which names the term
         fabric.clip_gradients(forward, optimizer, max_norm=experiment.clip, error_if_nonfinite=False)
@@ -293,7 +293,7 @@ def _gradient(
     teacher: Teacher | None,
     forward: Any,
     fabric: Fabric,
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Add a batch's gradient to that of the weights and return its raw terms.
 
     The batch is cut into a part per process, accumulation and piece; each counts by its size.
@@ -301,7 +301,7 @@ def _gradient(
     torch.manual_seed(_mixed(experiment.seed, state.epoch, state.step, fabric.global_rank))
     view = state.epoch % (experiment.views or experiment.epochs)
     mine, images = parts[fabric.global_rank :: fabric.world_size], sum(map(len, parts))
-    raw: dict[str, float] = {}
+    raw: dict[str, Tensor] = {}
     for number, part in enumerate(mine):
         share = len(part) / images
         part = part if len(part) else parts[0][:1]  # a process without images still takes part, with no weight
@@ -313,7 +313,7 @@ def _gradient(
             terms = forward(batch, said)
             fabric.backward(total(terms) * share * fabric.world_size)
         for name, (weight, loss) in terms.items():
-            raw[name] = raw.get(name, 0.0) + float(loss.detach()) * share
+            raw[name] = raw.get(name, 0.0) + loss.detach().float() * share
             state.sums[f"weight/{name}"] = float(weight)
     return raw
 

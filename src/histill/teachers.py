@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from histill.accelerator import sent
 from histill.data.mapped import mapped
 from histill.embeddings import Embeddings, Several, Standardised, bound, open_teacher, standardise
 from histill.errors import BadInput
@@ -207,7 +208,7 @@ class Cached:
         return Outputs({n: self._tensor(self._open(n)[views, ids], batch.images.device) for n in self.outputs})
 
     def _tensor(self, values: NDArray[Any], device: torch.device) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).float().to(device)
+        return sent(torch.from_numpy(np.ascontiguousarray(values)).float(), device)
 
     def _ask(self, batch: Batch, missing: NDArray[np.bool_]) -> None:
         """Ask about the whole batch, keep what is missing: an answer's last bit can depend on the batch around it."""

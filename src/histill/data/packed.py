@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from histill.accelerator import sent
 from histill.data.decode import decode, square
 from histill.data.images import Images, check_leaks, few, of_each
 from histill.data.mapped import mapped
@@ -67,15 +68,15 @@ class Packed:
 
         def at(size: int, twin: int = 0) -> Tensor:
             packed = self if size == self.size else self.sized(size)
-            pixels = torch.from_numpy(packed.pixels[packed.stored[rows]]).to(device, non_blocking=True)
+            pixels = sent(torch.from_numpy(packed.pixels[packed.stored[rows]]), device)
             return render(pixels, ids, twin_of(views, twin), augment=augment, seed=seed)
 
         masks = None
         if self.masks is not None:
-            drawn = torch.from_numpy(self.masks[rows].astype(np.int64)).to(device, non_blocking=True)
+            drawn = sent(torch.from_numpy(self.masks[rows].astype(np.int64)), device)
             drawn = torch.where(drawn == UNKNOWN, -1, drawn)
             masks = follow(drawn, ids, views, augment=augment, seed=seed)
-        return Batch(at(self.size), self.labels[ids].to(device), ids, views, at, masks)
+        return Batch(at(self.size), sent(self.labels[ids], device), ids, views, at, masks)
 
     @property
     def size(self) -> int:

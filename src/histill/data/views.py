@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from histill.accelerator import sent
+
 __all__ = ["VERSION", "Augment", "follow", "render", "twin_of", "uniform"]
 
 VERSION = 2
@@ -116,28 +118,34 @@ def render(pixels: Tensor, ids: Tensor, views: Tensor, *, augment: Augment, seed
     Returns:
         ``(B, 3, S, S)`` float32 in [0, 1], channels last in memory.
     """
-    images = pixels.permute(0, 3, 1, 2).float().div_(255)
-    u = _drawn(seed, ids, views, augment).to(images)
+    images, device = pixels.permute(0, 3, 1, 2).float().div_(255), pixels.device
+    drawn = _drawn(seed, ids, views, augment)
+    u = sent(drawn, device)
     images = _moved(images, u, augment, "bicubic").clamp_(0, 1)
     if augment.brightness or augment.contrast or augment.saturation or augment.hue:
         images = _colour(images, u[:, 6:12], augment)
-    # These take time, and are done to those views alone that have them.
-    if (some := u[:, 23] < augment.edges).any():
-        images[some] = (images[some] + _contours(images[some])) / 2
-    blur = images.shape[-1] * augment.blur * u[:, 19] * (u[:, 20] < augment.subset)
-    if (some := blur > 0).any():
-        images[some] = _blurred(images[some], blur[some], math.ceil(2.5 * images.shape[-1] * augment.blur))
-    noise = augment.noise * u[:, 21] * (u[:, 22] < augment.subset)
-    if (some := noise > 0).any():
-        keys = torch.from_numpy(_keys(seed, ids, views).view(np.int64)).to(images.device)
-        field = _normal(keys[some], images.shape[1:])
-        images[some] = (images[some] + noise[some, None, None, None] * field).clamp(0, 1)
+    # These take time, and are done to those views alone that have them; which they are is known without the device.
+    some = (drawn[:, 23] < augment.edges).nonzero()[:, 0]
+    if len(some):
+        at = sent(some, device)
+        images[at] = (images[at] + _contours(images[at])) / 2
+    blur = images.shape[-1] * augment.blur * drawn[:, 19] * (drawn[:, 20] < augment.subset)
+    some = (blur > 0).nonzero()[:, 0]
+    if len(some):
+        at, sigma = sent(some, device), sent(blur[some], device)
+        images[at] = _blurred(images[at], sigma, math.ceil(2.5 * images.shape[-1] * augment.blur))
+    noise = augment.noise * drawn[:, 21] * (drawn[:, 22] < augment.subset)
+    some = (noise > 0).nonzero()[:, 0]
+    if len(some):
+        keys = torch.from_numpy(_keys(seed, ids, views).view(np.int64))
+        at, strength = sent(some, device), sent(noise[some], device)[:, None, None, None]
+        images[at] = (images[at] + strength * _normal(sent(keys[some], device), images.shape[1:])).clamp(0, 1)
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def follow(masks: Tensor, ids: Tensor, views: Tensor, *, augment: Augment, seed: int) -> Tensor:
     """Masks moved as `render` moves their images: ``(B, S, S)`` integers -> the same, each pixel the nearest one's."""
-    u = _drawn(seed, ids, views, augment).to(masks.device, torch.float32)
+    u = sent(_drawn(seed, ids, views, augment), masks.device)
     return _moved(masks[:, None].float(), u, augment, "nearest")[:, 0].to(masks.dtype)
 
 
@@ -223,17 +231,20 @@ def _taps(factor: Tensor, shift: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _colour(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
-    factor = 1 + (2 * u - 1) * u.new_tensor(
-        [augment.brightness, augment.contrast, augment.saturation] + [augment.hue] * 3
-    )
-    brightness, contrast, saturation, *rgb = (f[:, None, None, None] for f in factor.T)
+    strengths = (augment.brightness, augment.contrast, augment.saturation, *[augment.hue] * 3)
+    factors = (1 + (2 * draw - 1) * strength for draw, strength in zip(u.T, strengths))
+    brightness, contrast, saturation, *rgb = (factor[:, None, None, None] for factor in factors)
     images = images * brightness * torch.cat(rgb, 1)
     # In two steps: a reduction to one number is divided among threads, and its bits would depend on the batch's size.
     mean = images.mean((2, 3), keepdim=True).mean(1, keepdim=True)
     images = mean + (images - mean) * contrast
-    grey = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-    coloured: Tensor = grey + (images - grey) * saturation
-    return coloured.clamp(0, 1)
+    grey = _grey(images)
+    return (grey + (images - grey) * saturation).clamp(0, 1)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Luma of ITU-R BT.601, ``(B, 3, H, W) -> (B, 1, H, W)``."""
+    return images[:, :1] * 0.299 + images[:, 1:2] * 0.587 + images[:, 2:] * 0.114
 
 
 def _contours(images: Tensor) -> Tensor:
@@ -241,8 +252,7 @@ def _contours(images: Tensor) -> Tensor:
 
     ``(B, 3, H, W) -> (B, 1, H, W)``.
     """
-    grey = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-    rows = F.pad(grey, (1, 1, 1, 1), mode="replicate")
+    rows = F.pad(_grey(images), (1, 1, 1, 1), mode="replicate")
     sides = rows[:, :, :-2] + 2 * rows[:, :, 1:-1] + rows[:, :, 2:]  # (B, 1, H, W + 2)
     levels = rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]  # (B, 1, H + 2, W)
     x, y = sides[..., 2:] - sides[..., :-2], levels[:, :, 2:] - levels[:, :, :-2]

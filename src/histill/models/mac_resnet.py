@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from histill.accelerator import sent
 from histill.errors import BadInput
 from histill.models.parts import Normalize
 from histill.models.resnet import Bottleneck, initialise, stage
@@ -197,8 +198,8 @@ def attention_crop(
 
     Returns: ``(B, 3, H, W)``, without gradient.
     """
-    drawn = torch.randint(attention.shape[1], (len(attention),), generator=generator).to(attention.device)
-    maps = attention[torch.arange(len(attention), device=attention.device), drawn]
+    drawn = torch.randint(attention.shape[1], (len(attention),), generator=generator)
+    maps = attention[torch.arange(len(attention), device=attention.device), sent(drawn, attention.device)]
     return _cut(images, attention_mask(maps, images.shape[-2:], threshold)[1])
 
 

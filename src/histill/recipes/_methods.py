@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from histill.accelerator import sent
 from histill.files import digest
 from histill.losses import (
     AB,
@@ -251,7 +252,7 @@ class ContrastMemory(nn.Module):
         self.loss = CRDMemory(*pair.widths, len(rows), labels=labels, negatives=min(16384, len(rows)))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
-        index = self.place[batch.ids.to(self.place.device)]
+        index = self.place[sent(batch.ids, self.place.device)]
         loss = self.loss(student["pooled"], teacher["pooled"], index)
         return {**labels_alone(student, teacher, batch), "contrast": (0.8, loss)}
 
@@ -312,21 +313,26 @@ class Turning:
 
 
 class Rising(nn.Module):
-    """An objective whose term ``term`` grows from no weight to its own over the first ``rise`` steps."""
+    """An objective whose term ``term`` grows from no weight to its own over the first ``rise`` steps.
 
-    seen: Tensor
+    Attributes:
+        step: how many were done; the loop says so.
+    """
 
     def __init__(self, objective: Objective, term: str, rise: int) -> None:
         super().__init__()
-        self.objective, self.term, self.rise = objective, term, rise
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.objective, self.term, self.rise, self.step = objective, term, rise, 0
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
         terms = dict(self.objective(student, teacher, batch))
         weight, loss = terms[self.term]
-        terms[self.term] = (weight * min(1.0, int(self.seen) / self.rise), loss)
-        self.seen += 1
+        terms[self.term] = (weight * self.risen(), loss)
         return terms
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def risen(self) -> float:
+        """The share of the weight. Not compiled: that would be done anew for every step."""
+        return min(1.0, self.step / self.rise)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from histill.accelerator import sent
 from histill.data.images import Images
 from histill.data.views import NONE, Augment
 from histill.errors import BadInput
@@ -99,7 +100,7 @@ def alone(student: Outputs, teacher: Outputs, batch: Batch, *, class_weights: Se
 
 def graded(logits: Tensor, label: Tensor, class_weights: Sequence[float], gamma: float) -> Tensor:
     """Eq. 4: ``L3 = mean_i -alpha_y (1 - p_y)^gamma log p_y``, alpha_y the weight of the image's class."""
-    return focal(logits, label, alpha=torch.tensor(class_weights, device=logits.device), gamma=gamma)
+    return focal(logits, label, alpha=sent(torch.tensor(class_weights), logits.device), gamma=gamma)
 
 
 @precise
