@@ -239,7 +239,8 @@ def _colour(images: Tensor, u: Tensor, augment: Augment) -> Tensor:
     mean = images.mean((2, 3), keepdim=True).mean(1, keepdim=True)
     images = mean + (images - mean) * contrast
     grey = _grey(images)
-    return (grey + (images - grey) * saturation).clamp(0, 1)
+    coloured: Tensor = grey + (images - grey) * saturation
+    return coloured.clamp(0, 1)
 
 
 def _grey(images: Tensor) -> Tensor:
