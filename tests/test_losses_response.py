@@ -169,6 +169,12 @@ def test_standardization_is_a_z_score_with_the_biased_deviation() -> None:
     assert kd(student, teacher, temperature=3, standardize=True).item() == pytest.approx(expected)
 
 
+def test_standardization_sees_spreads_far_below_one() -> None:
+    teacher = torch.tensor([[2.0, 0.0, -1.0]])
+    loss = kd(teacher * 1e-3, teacher, temperature=1, standardize=True)  # what is added to the deviation is 1e-7
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
 def test_standardized_logits_that_are_all_equal_have_a_finite_gradient() -> None:
     student = torch.full((2, 3), 5.0).requires_grad_()
     loss = kd(student, torch.randn(2, 3), temperature=1, standardize=True)

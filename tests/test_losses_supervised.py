@@ -94,6 +94,16 @@ def test_focal_without_focus_is_cross_entropy() -> None:
     torch.testing.assert_close(focal(logits, label, gamma=0), cross_entropy(logits, label))
 
 
+def test_focal_of_what_is_certain_has_a_finite_gradient_whatever_gamma_is() -> None:
+    # p = 1 exactly: (1 - p)^0.5 has no slope at 0.
+    logits = torch.tensor([[200.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    focal(logits, torch.tensor([0, 1]), gamma=0.5).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert logits.grad[0].tolist() == [0, 0]
+    assert logits.grad[1].abs().min() > 0
+
+
 @pytest.mark.parametrize("loss", [cross_entropy, focal])
 def test_an_unlabelled_image_is_as_good_as_absent(loss: Loss) -> None:
     logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
