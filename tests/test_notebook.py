@@ -67,12 +67,23 @@ def test_a_run_predicts_as_its_own_table_says(run: Run, data: Images) -> None:
         hs.predict(run.path, data.root)
 
 
+def test_another_format_is_refused_with_those_that_there_are(run: Run) -> None:
+    with pytest.raises(BadInput, match="format 'tflite': one of onnx, openvino, torchscript, qupath"):
+        hs.export(run, format="tflite")  # type: ignore[arg-type]
+
+
 WRONG: dict[str, tuple[Callable[[Images], object], str]] = {
     "a table": (lambda data: hs.read_images(data.frame), "read_images: .*DataFrame; write it with to_csv"),  # type: ignore[arg-type]
     "masks": (lambda data: hs.read_masks(None), "read_masks: .* NoneType"),  # type: ignore[arg-type]
     "unlabelled": (lambda data: hs.read_unlabelled([data.root]), "read_unlabelled: .* list"),  # type: ignore[arg-type]
     "a split of a table": (lambda data: hs.split(data.frame), "histill.read_images .* DataFrame"),  # type: ignore[arg-type]
     "a list of runs": (lambda data: hs.compare(["a", "b"]), "one by one; .* list"),  # type: ignore[arg-type]
+    "images to predict": (lambda data: hs.predict("student.onnx", data.paths()), "predict: .* list"),  # type: ignore[arg-type]
+    "no images at once": (
+        lambda data: hs.predict("student.onnx", data.root, batch_size=0),
+        "batch_size=0: must be at least 1",
+    ),
+    "a model alone": (lambda data: hs.deploy.bench("nowhere/student.onnx"), "nowhere/student.onnx: no such file"),
     "a split's name": (lambda data: data.rows("validation"), "'validation': one of train, val, test"),
     "a frame without contents": (
         lambda data: Images(data.frame.drop(columns="content"), data.root, data.classes),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from histill.errors import BadInput
 from histill.schedules import Schedule, constant, cosine, steps, warm_cosine, warm_restarts, warmup
 
 
@@ -77,3 +78,9 @@ def test_warm_cosine_warms_up_for_an_epoch_or_a_tenth(epochs: float, warm: float
 def test_a_schedule_can_be_sent_to_another_process(schedule: Schedule) -> None:
     sent = pickle.loads(pickle.dumps(schedule))
     assert [sent(e / 4) for e in range(60)] == [schedule(e / 4) for e in range(60)]
+
+
+@pytest.mark.parametrize(("period", "factor"), [(0, 1), (-1, 2), (2, 0.5), (float("nan"), 1)])
+def test_periods_that_would_end_are_refused(period: float, factor: float) -> None:
+    with pytest.raises(BadInput, match="a period above 0, a factor of 1 or more"):
+        warm_restarts(period, factor=factor)

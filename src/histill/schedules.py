@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
+from histill.errors import BadInput
+
 __all__ = ["Schedule", "constant", "cosine", "steps", "warm_cosine", "warm_restarts", "warmup"]
 
 Schedule: TypeAlias = Callable[[float], float]
@@ -35,7 +37,13 @@ def _cosine(epoch: float, *, epochs: float, final: float) -> float:
 
 
 def warm_restarts(period: float, *, factor: float = 1.0, final: float = 0.0) -> Schedule:
-    """Cosine that starts again after each period, each ``factor`` times as long (SGDR, Eq. 5)."""
+    """Cosine that starts again after each period, each ``factor`` times as long (SGDR, Eq. 5).
+
+    Raises:
+        BadInput: a period of no length, or a factor below 1, with which the periods would come to an end.
+    """
+    if not (period > 0 and factor >= 1):
+        raise BadInput(f"period={period}, factor={factor}: a period above 0, a factor of 1 or more")
     return partial(_warm_restarts, length=period, factor=factor, final=final)
 
 

@@ -105,6 +105,8 @@ def export(
         write_card(run, folder, exits, mpp=mpp)
         return Exported(exits)
     names = {"onnx": "model.onnx", "openvino": "model.xml", "torchscript": "model.pt", "qupath": "qupath"}
+    if format not in names:
+        raise BadInput(f"format {format!r}: one of {', '.join(names)}")
     path = Path(out) if out is not None else run.path / names[format]
     endings = {"onnx": (".onnx",), "openvino": (".xml",), "torchscript": (".pt", ".torchscript")}.get(format)
     if endings and path.suffix not in endings:  # before anything is written over
@@ -184,7 +186,7 @@ def deliver(out: Path, student: Run, teacher: Run | None) -> dict[str, Any]:
 
 
 def bench(
-    models: Sequence[Path],
+    models: str | Path | Sequence[str | Path],
     *,
     batch_size: int = 16,
     seconds: float = 3.0,
@@ -200,6 +202,7 @@ def bench(
     """
     from histill.evaluate.cost import macs
 
+    models = [models] if isinstance(models, str | Path) else models
     if not models:
         raise BadInput("bench needs a run, an .onnx, an .xml of OpenVINO or a TorchScript file")
     opened = {str(model): open_any(model, device=device, code=code) for model in models}

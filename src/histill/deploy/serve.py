@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histill.data.decode import decode, load
-from histill.data.images import few, images_below, read_manifest, read_paths
+from histill.data.images import few, given_path, images_below, read_manifest, read_paths
 from histill.deploy.deliver import open_any
 from histill.deploy.outline import Outlined, outline_folder, write_pictures
 from histill.deploy.predictor import Predictor, one_line, predict_folder
@@ -64,12 +64,15 @@ def predict(
     Raises:
         BadInput: no model, no images, or an ``out`` that is neither CSV nor Parquet.
     """
+    images = given_path(images, "predict")
+    if batch_size < 1:
+        raise BadInput(f"batch_size={batch_size}: must be at least 1")
     out = None if out is None else Path(out)
     if out is not None and out.suffix not in (".csv", ".parquet"):
         raise BadInput(f"--out {out}: end it in .csv or .parquet")
-    if out is not None and out.exists() and Path(images).is_file() and out.samefile(images):
+    if out is not None and out.exists() and images.is_file() and out.samefile(images):
         raise BadInput(f"--out {out} is the list of the images itself; give another file")
-    root, paths = _listed(Path(images))
+    root, paths = _listed(images)
     predictor = open_any(model, device=device, code=code)
     model = model.path if isinstance(model, Run) else Path(model)
     dimensions = predictor.logits(_one(predictor.image_size)).ndim if predictor.classes else 0
@@ -78,7 +81,7 @@ def predict(
             f"{model} does not sort images into classes, nor outline them; predict gives each image a class or a mask"
         )
     if dimensions == 4:
-        rows, failed = _outlined(predictor, model, Path(images), root, paths, out, batch_size)
+        rows, failed = _outlined(predictor, model, images, root, paths, out, batch_size)
     else:
         rows, failed = _classified(predictor, root, paths, batch_size)
     if failed and (strict or not rows):
