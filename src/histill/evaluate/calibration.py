@@ -7,11 +7,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 
 from histill.errors import BadInput
 
-__all__ = ["fit_temperature"]
+__all__ = ["fit_temperature", "logits_of", "tempered"]
+
+
+def logits_of(probabilities: NDArray[Any]) -> NDArray[np.float64]:
+    """Logits that these probabilities follow from; one of 0 counts as 1e-12."""
+    return np.asarray(np.log(np.clip(np.asarray(probabilities, dtype=np.float64), 1e-12, None)))
+
+
+def tempered(probabilities: NDArray[Any], temperature: float) -> NDArray[np.float64]:
+    """Probabilities ``(N, C)`` softened by a temperature; 1 changes nothing."""
+    return np.asarray(softmax(logits_of(probabilities) / temperature, axis=1))
 
 
 def fit_temperature(logits: NDArray[Any], labels: NDArray[Any]) -> float:

@@ -14,9 +14,8 @@ from scipy.special import softmax
 from histill.data.decode import load
 from histill.data.images import Images, few
 from histill.errors import BadInput
-from histill.evaluate import figures
+from histill.evaluate import calibration, figures
 from histill.evaluate.attention import looked_at
-from histill.evaluate.calibration import fit_temperature
 from histill.evaluate.intervals import figures_with_intervals, per_class_table
 from histill.evaluate.metrics import EXTRA_METRICS, OWN_METRICS, Scores, confusion, reliability, roc_curve
 from histill.evaluate.report import Picture, Table, run_report, share, shown
@@ -140,17 +139,13 @@ def exit_rows(table: pd.DataFrame, classes: tuple[str, ...], splits: Sequence[st
 
 def calibrating(val: Scores) -> float:
     """The temperature that calibrates the network, fitted on validation images."""
-    return fit_temperature(_log(val), val.labels)
+    return calibration.fit_temperature(calibration.logits_of(val.probabilities), val.labels)
 
 
 def tempered(before: Scores, temperature: float) -> Scores:
     """The same scores with probabilities softened by a temperature."""
-    probabilities = softmax(_log(before) / temperature, axis=1)
+    probabilities = calibration.tempered(before.probabilities, temperature)
     return Scores(before.labels, probabilities, before.units, before.teacher, before.positive)
-
-
-def _log(scores: Scores) -> NDArray[np.float64]:
-    return np.asarray(np.log(np.clip(scores.probabilities, 1e-12, None)))
 
 
 def counts(info: dict[str, Any], table: pd.DataFrame | None = None) -> dict[str, dict[str, int]]:

@@ -19,9 +19,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.distance import pdist
-from scipy.special import log_softmax, softmax
 
 from histill.errors import BadInput, require
+from histill.evaluate.calibration import tempered
 from histill.slides.geojson import Feature
 from histill.slides.heatmap import Heatmap
 from histill.slides.regions import paint
@@ -38,7 +38,6 @@ __all__ = [
     "lesion_classes",
     "lesion_features",
     "lesion_hits",
-    "tempered",
 ]
 
 FROC_AT = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -236,12 +235,6 @@ def lesion_features(lesions: Sequence[Lesion]) -> list[Feature]:
     ]
 
 
-def tempered(probabilities: NDArray[Any], temperature: float) -> NDArray[np.float64]:
-    """Probabilities ``(N, C)`` softened by a temperature; 1 changes nothing."""
-    logits = np.log(np.clip(np.asarray(probabilities, dtype=np.float64), 1e-12, None))
-    return np.asarray(softmax(log_softmax(logits, axis=1) / temperature, axis=1))
-
-
 def call_slide(
     tiles: pd.DataFrame,
     classes: Sequence[str],
@@ -331,7 +324,7 @@ def agreement(predicted: NDArray[np.bool_], reference: NDArray[np.bool_]) -> Agr
 
 
 def lesion_hits(
-    lesions: Sequence[Lesion], reference: NDArray[np.bool_], *, l0_pixel: float, min_pixels: int = 1
+    lesions: Sequence[Lesion], reference: NDArray[np.bool_], *, l0_pixel: float
 ) -> tuple[list[float], list[float]]:
     """Which lesions of a mask are found, and which finds are none (as in CAMELYON16).
 
@@ -342,8 +335,7 @@ def lesion_hits(
         The score of each lesion of the mask (``-inf`` where it is missed), and of each false positive.
     """
     components, count = ndimage.label(reference, structure=np.ones((3, 3)))
-    sizes = np.bincount(components.ravel(), minlength=count + 1)
-    scores = {number: -math.inf for number in range(1, count + 1) if sizes[number] >= min_pixels}
+    scores = dict.fromkeys(range(1, count + 1), -math.inf)
     false = []
     for lesion in lesions:
         column, row = (int(place / l0_pixel) for place in lesion.peak)

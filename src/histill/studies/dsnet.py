@@ -13,6 +13,7 @@ import numpy as np
 
 from histill.data.images import Images
 from histill.evaluate import figures
+from histill.evaluate.calibration import logits_of
 from histill.evaluate.finish import gallery_of
 from histill.evaluate.intervals import per_class_table
 from histill.evaluate.metrics import per_class, roc_curve
@@ -266,7 +267,7 @@ def _figures(
     table = made.runs["teacher"][0].predictions
     p = table[[f"prob_{c}" for c in data.classes]].to_numpy(dtype=float)
     surest = int(np.abs(p[:, 0] - 0.9).argmin())
-    figures.softened(np.log(np.clip(p[surest], 1e-12, None)), list(temperatures), data.classes, home / "softened.png")
+    figures.softened(logits_of(p[surest]), list(temperatures), data.classes, home / "softened.png")
     shown.append(Picture(home / "softened.png", "Figure 6: one image's soft targets at each temperature."))
     for target, label in enumerate(data.classes):
         path = home / f"roc-{target}.png"

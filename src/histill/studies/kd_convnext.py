@@ -16,6 +16,7 @@ from histill.data.splits import split
 from histill.distill import check_start
 from histill.errors import BadInput
 from histill.evaluate import figures
+from histill.evaluate.calibration import logits_of
 from histill.evaluate.intervals import figures_over_seeds, paired_gain, per_class_table
 from histill.evaluate.metrics import Scores, confusion
 from histill.evaluate.report import Picture, Section, Table, Text, difference, share
@@ -305,8 +306,7 @@ def _figures(
     home = made.out / "figures"
     taught = made.scores("swin")[0].probabilities
     doubtful = int(np.abs(taught.max(1) - 0.9).argmin())
-    logits = np.log(np.clip(taught[doubtful], 1e-12, None))
-    figures.softened(logits, temperatures, data.classes, home / "softened.png")
+    figures.softened(logits_of(taught[doubtful]), temperatures, data.classes, home / "softened.png")
     figures.confusion(confusion(pooled), data.classes, home / "confusion.png", title="KD_ConvNeXt")
     shown: list[Section] = [
         Picture(home / "softened.png", "Figure 6: the teacher's answer to one test image at each temperature."),
