@@ -237,6 +237,15 @@ def test_gain_is_antisymmetric_and_narrower_than_unpaired() -> None:
     assert there["accuracy"]["high"] - there["accuracy"]["low"] < 0.6 * unpaired
 
 
+def test_the_gain_of_each_seed_is_after_less_before() -> None:
+    before, after = [drawn(0, skill=0.5), drawn(1, skill=0.5)], [drawn(2, skill=3.0), drawn(3, skill=2.0)]
+    gain = paired_gain(before, after, resamples=50, names=["accuracy"])["accuracy"]
+    each = [float(metrics(b)["accuracy"][0] - metrics(a)["accuracy"][0]) for a, b in zip(before, after, strict=True)]
+    assert gain["seeds"] == pytest.approx(each)
+    assert gain["value"] == pytest.approx(np.mean(each))
+    assert min(each) > 0
+
+
 def test_gain_lacks_agreement_where_one_side_has_no_teacher() -> None:
     a = drawn(8)
     b = Scores(a.labels, a.probabilities, a.units)

@@ -17,7 +17,7 @@ from slide_files import Places, slide_of
 from histill.data.phantom import write_slide
 from histill.errors import BadInput
 from histill.slides import Tissue, find_tissue, open_slide
-from histill.slides.tissue import tissue_mask, tissue_picture
+from histill.slides.tissue import _dilated, _without_small, tissue_mask, tissue_picture
 
 UM = 10.0
 GLASS = np.array([243.0, 241.0, 244.0])
@@ -103,6 +103,31 @@ def test_shadows_edges_and_dust_are_no_tissue() -> None:
     density[20:24, 20:24] += EOSIN * 2  # a crumb of 40 microns
     mask = tissue_mask(photograph(density), UM)
     assert not mask[~ndimage.binary_dilation(where, iterations=4)].any()
+
+
+def test_small_pieces_are_dust_and_small_holes_belong_to_the_tissue() -> None:
+    density, where = section()
+    density[20:30, 20:30] = density[20:45, 350:375] = EOSIN  # of 10,000 and of 62,500 square microns
+    density[120:128, 150:158] = density[140:165, 220:245] = 0  # of 6,400 and of 62,500
+    mask = tissue_mask(photograph(density), UM)
+    assert where[110:170, 140:250].all()
+    assert not mask[15:35, 15:35].any()
+    assert mask[22:43, 352:373].mean() > 0.98
+    assert mask[116:132, 146:162].mean() > 0.98
+    assert not mask[145:160, 225:240].any()
+
+
+def test_pieces_are_counted_and_growth_is_measured_in_pixels() -> None:
+    mask = np.zeros((12, 12), np.bool_)
+    mask[1, 1:4] = mask[5, 5:10] = True
+    assert [int(_without_small(mask, least).sum()) for least in (3, 4, 5, 5.5)] == [8, 5, 5, 0]
+    assert not _without_small(np.zeros((4, 4), np.bool_), 1).any()
+    point = np.zeros((15, 15), np.bool_)
+    point[7, 7] = True
+    for radius in (1, 2, 3, 5):
+        y, x = _dilated(point, radius).nonzero()
+        assert (x.min(), x.max(), y.min(), y.max()) == (7 - radius, 7 + radius) * 2
+        assert np.hypot(x - 7, y - 7).max() <= radius * 1.11  # an octagon about the circle
 
 
 @pytest.mark.parametrize("value", [0, 128, 244, 255])
