@@ -4,7 +4,7 @@ A tensor that is sent there is another kind of tensor. What mixes it with one th
 and wherever the processor would have to wait for the device (a number is read, a mask is an index, a copy is not from
 pinned memory) the place is written down. Results must be those of the CPU in every bit, as the CPU computes them.
 
-torch knows the device as ``meta``, the one kind beside the CPU whose gradients it computes without a driver.
+torch knows the device as ``meta:0``, the one kind beside the CPU whose gradients it computes without a driver.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from histill import loop, machine
 
-THERE = torch.device("meta")
+THERE = torch.device("meta", 0)
 _aten = torch.ops.aten
 _ASKS = {
     _aten._local_scalar_dense.default,
@@ -92,6 +92,11 @@ class Pretended(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if torch.is_inference_mode_enabled():  # there alone operators come that are made of others
+            with self:
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         there = any(isinstance(tensor, There) for tensor in tensors)
         here = [tensor for tensor in tensors if not isinstance(tensor, There) and tensor.dim()]
@@ -100,7 +105,7 @@ class Pretended(TorchDispatchMode):
         to_there = there
         if kwargs.get("device") is not None:
             to_there = torch.device(kwargs["device"]) == THERE
-            kwargs["device"] = torch.device("cpu")
+            kwargs["device"] = torch.device("cpu") if to_there else kwargs["device"]
         if func is _aten._to_copy.default:
             if there != to_there and not (to_there and kwargs.get("non_blocking")):
                 self._wait("sent" if to_there else "brought back")
@@ -155,7 +160,7 @@ class _Anywhere(CPUAccelerator):
 
 @contextmanager
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
-    """While the block runs ``device="meta"`` is one to compute on, for everything in Histill."""
+    """While the block runs ``device="meta:0"`` is one to compute on, for everything in Histill."""
 
     def launch(device: str, precision: str, loggers: Any, out: Path) -> Fabric:
         strategy = SingleDeviceStrategy(device=torch.device(device))
@@ -180,7 +185,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     monkeypatch.setattr(loop, "_step", watched)
     monkeypatch.setattr(loop, "_load", lambda checkpoint, device: load(checkpoint, torch.device("cpu")))
     for module in [m for name, m in sys.modules.items() if name.startswith("histill") and hasattr(m, "find_device")]:
-        monkeypatch.setattr(module, "find_device", lambda name: THERE if name == "meta" else find(name))
+        monkeypatch.setattr(module, "find_device", lambda name: THERE if name == "meta:0" else find(name))
     monkeypatch.setattr(torch, "autocast", Autocast)
     torch.__future__.set_swap_module_params_on_conversion(True)  # an optimiser keeps its parameters, as with CUDA
     try:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import test_baselines
+import test_foundation_recipe
 import test_losses_contract
 import test_recipes
 import torch
@@ -23,16 +26,17 @@ from tiny import Tiny, hard, no_page, table
 from torch import nn
 
 import histill as hs
+from histill import cli
 from histill.accelerator import Tally, sent
 from histill.data import Augment, Images, pack, read_masks, read_unlabelled, split
-from histill.data.phantom import write_images
+from histill.data.phantom import write_images, write_slide
 from histill.data.views import render
 from histill.errors import Failed
 from histill.evaluate.judge import judge
 from histill.experiment import Experiment
 from histill.learner import Learner
 from histill.models import Timm
-from histill.recipes import methods, rckd
+from histill.recipes import baselines, methods, rckd
 from histill.teachers import Cached, Frozen
 from histill.types import Batch, Outputs, Terms, total
 
@@ -148,6 +152,22 @@ def test_a_pretraining(method: str, tissue: Path, monkeypatch: pytest.MonkeyPatc
     same_there(monkeypatch, lambda: test_baselines.pretraining(patches, method), waits)
 
 
+def test_foundation_models(data: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = read_unlabelled(data.root)
+
+    def make() -> Experiment:
+        several = [test_foundation_recipe.teacher(0), test_foundation_recipe.teacher(1, 8)]
+        return test_foundation_recipe.quick(images, several, targets="both", nested=(4,), weights="none")
+
+    same_there(monkeypatch, make, set())
+
+
+def test_mixed_images(data: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind: dict[str, Any] = {"network": "test_resnet", "image_size": 32, "batch_size": 6, "epochs": 1}
+    asked = {"aten._local_scalar_dense.default mixing.py"}  # whether any image of the batch has a label
+    same_there(monkeypatch, lambda: baselines.supervised(data, taught(), **kind), asked)
+
+
 def test_masks(tissue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nuclei = split(read_masks(tissue / "manifest.csv", kind="instances"), val=0.25, test=0.25)
     kind: dict[str, Any] = {"image_size": 64, "batch_size": 4, "epochs": 1}
@@ -215,9 +235,9 @@ def test_a_whole_run_is_that_of_the_cpu(data: Images, tmp_path: Path, monkeypatc
     monkeypatch.setattr(Cached, "__call__", torn)
     with pretended(monkeypatch) as device:
         with pytest.raises(KeyboardInterrupt):
-            hs.train(made("b"), tmp_path / "there", device="meta", checkpoint_seconds=0)
-        there = hs.train(made("b"), tmp_path / "there", device="meta", resume=True)
-        judged = judge(there, data.root, device="meta")
+            hs.train(made("b"), tmp_path / "there", device="meta:0", checkpoint_seconds=0)
+        there = hs.train(made("b"), tmp_path / "there", device="meta:0", resume=True)
+        judged = judge(there, data.root, device="meta:0")
     same = here.log.drop(columns="images_per_second"), there.log.drop(columns="images_per_second")
     assert np.allclose(*same, rtol=1e-5)
     for name, value in load_file(here.path / "model.safetensors").items():
@@ -241,10 +261,10 @@ def test_what_is_not_finite_is_found_before_anything_is_kept(
     kind: dict[str, Any] = {"image_size": 18, "epochs": 3, "batch_size": 2}  # six steps an epoch
     experiment = Experiment(data=data, student=partial(Tiny), objective=Breaks(), **kind)
     with pretended(monkeypatch), pytest.raises(Failed, match="the loss term 'ratio' is inf in epoch 1 step 1;"):
-        hs.train(experiment, tmp_path / "run", device="meta")
+        hs.train(experiment, tmp_path / "run", device="meta:0")
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
     with pretended(monkeypatch), pytest.raises(Failed, match="the loss term 'ratio' is inf in epoch 1 step 1;"):
-        hs.train(experiment, tmp_path / "often", device="meta", checkpoint_seconds=0)
+        hs.train(experiment, tmp_path / "often", device="meta:0", checkpoint_seconds=0)
     kept = torch.load(tmp_path / "often" / "checkpoint.pt", weights_only=True)
     assert (kept["state"]["epoch"], kept["state"]["step"]) == (1, 1)
     assert all(value.isfinite().all() for value in kept["learner"].values())
@@ -260,3 +280,33 @@ def test_a_tally_is_the_sum_over_images() -> None:
     tally.add("step 2", 1, ["b"], torch.tensor([float("nan")]))
     with pytest.raises(Failed, match="the loss term 'b' is nan in step 2"):
         tally.read(sums)
+
+
+def test_predicting_and_slides(data: Images, tissue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("shapely")
+    for module in ("finish", "finish_masks"):
+        monkeypatch.setattr(f"histill.evaluate.{module}.finish", no_page)
+    kind: dict[str, Any] = {"network": "test_resnet", "weights": "none", "batch_size": 4, "epochs": 1}
+    nuclei = split(read_masks(tissue / "manifest.csv"), val=0.25, test=0.25)
+    for name, experiment in (
+        ("classes", methods.student(data, method="ce", image_size=32, **kind)),
+        ("masks", rckd.finetune(nuclei, image_size=64, **kind)),
+    ):
+        hs.train(experiment, tmp_path / name)
+    slide = write_slide(tmp_path / "slide.tiff", width=512, height=384, seed=1)
+    for where in ("cpu", "meta:0"):
+        with pretended(monkeypatch) if where != "cpu" else nullcontext():
+            out = tmp_path / where
+            for name, images in (("classes", data.root), ("masks", tissue / "images")):
+                words = ["predict", str(tmp_path / name), str(images), "--out", str(out / f"{name}.csv")]
+                assert cli.run([*words, "--device", where]) == 0
+            words = ["slide", str(tmp_path / "classes"), str(slide), "--out", str(out / "slides"), "--mpp", "0.5"]
+            assert cli.run([*words, "--device", where, "--runtime", "torch", "--precision", "32-true"]) == 0
+    here, there = tmp_path / "cpu", tmp_path / "meta:0"
+    for name in ("classes.csv", "masks.csv", "slides/slide/tiles.parquet"):
+        read = pd.read_csv if name.endswith("csv") else pd.read_parquet
+        pd.testing.assert_frame_equal(read(here / name), read(there / name), rtol=1e-5)
+    masks = sorted(path.relative_to(here) for path in here.rglob("*.png") if "slides" not in path.parts)
+    assert masks
+    for name in masks:
+        assert (here / name).read_bytes() == (there / name).read_bytes(), name

@@ -27,11 +27,7 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 class Tally:
-    """The raw terms of the loss, summed over images; they stay on the device until `read`.
-
-    Args:
-        sums: by term, ``raw/NAME``; `read` adds to them.
-    """
+    """The raw terms of the loss by step; they stay on the device until `read`."""
 
     EVERY = 64
     """Steps after which a device is read at the latest, so that a loss that is not finite ends a run soon."""
@@ -50,10 +46,10 @@ class Tally:
             Failed: a term is not finite; the line says which, and when that was.
         """
         unread, self.unread = self.unread, []
-        values = torch.cat([raw for *_, raw in unread]).cpu().tolist() if unread else []
+        values = iter(torch.cat([raw for *_, raw in unread]).cpu().tolist() if unread else [])
         for when, images, names, _ in unread:
             for name in names:
-                value = values.pop(0)
+                value = next(values)
                 if not math.isfinite(value):
                     raise Failed(f"the loss term {name!r} is {value} in {when}; lower --lr, or clip the gradient")
                 sums[f"raw/{name}"] = sums.get(f"raw/{name}", 0.0) + value * images

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from histill.accelerator import sent
 from histill.data.hdf5 import MOST_TIMES, SMALL_BYTES, array
 from histill.data.images import Images, few
 from histill.data.packed import Packed
@@ -117,7 +118,7 @@ class Embeddings:
     def __call__(self, batch: Batch) -> Outputs:
         if self._values is None:
             raise BadInput(f"{self.path}: which images? Bind the embeddings to their table first (Embeddings.of)")
-        pooled = torch.from_numpy(self._values[batch.ids.cpu().numpy()]).to(batch.images.device)
+        pooled = sent(torch.from_numpy(self._values[batch.ids.cpu().numpy()]), batch.images.device)
         return Outputs(pooled=pooled, logits=pooled)
 
 
@@ -259,7 +260,8 @@ class Standardised:
 
     def _scaled(self, x: Tensor, mean: Floats, std: Floats) -> Tensor:
         shape = (-1, *(1 for _ in x.shape[2:]))
-        return (x - torch.from_numpy(mean).to(x).view(shape)) / torch.from_numpy(std).to(x).view(shape)
+        mean_, std_ = (sent(torch.from_numpy(values).to(x.dtype), x.device).view(shape) for values in (mean, std))
+        return (x - mean_) / std_
 
 
 def standardise(

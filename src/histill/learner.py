@@ -72,8 +72,8 @@ class Average:
     def update(self, student: nn.Module, step: int) -> None:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         both = list(zip(self.network.state_dict().values(), student.state_dict().values()))
-        means, values = zip(*(pair for pair in both if pair[0].is_floating_point()))
-        torch._foreach_lerp_(means, values, weight)
+        real = [pair for pair in both if pair[0].is_floating_point()]
+        torch._foreach_lerp_([mean for mean, _ in real], [value for _, value in real], weight)
         for count, value in both:
             if not count.is_floating_point():
                 count.copy_(value)

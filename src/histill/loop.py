@@ -213,7 +213,7 @@ def _train(
                 if time.monotonic() - saved_at >= checkpoint_seconds and state.step < steps:
                     save()
                     saved_at = time.monotonic()
-            row = _close_epoch(experiment, state, optimizer, judged, packed, rows["val"], fabric)
+            row = _close_epoch(state, optimizer, judged, packed, rows["val"], fabric)
             if _better(experiment, state, row):
                 best = {k: v.detach().cpu().clone() for k, v in judged.state_dict().items()}
             if fabric.is_global_zero:
@@ -324,7 +324,6 @@ def _mixed(*numbers: int) -> int:
 
 
 def _close_epoch(
-    experiment: Experiment,
     state: State,
     optimizer: Any,
     judged: nn.Module,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from histill.accelerator import sent
 
-__all__ = ["VERSION", "Augment", "follow", "render", "twin_of", "uniform"]
+__all__ = ["VERSION", "Augment", "blurred", "follow", "render", "twin_of", "uniform"]
 
 VERSION = 2
 """Of how views are drawn, part of what a teacher's cache is keyed by: 2 resamples by rows where nothing is rotated."""
@@ -133,7 +133,7 @@ def render(pixels: Tensor, ids: Tensor, views: Tensor, *, augment: Augment, seed
     some = (blur > 0).nonzero()[:, 0]
     if len(some):
         at, sigma = sent(some, device), sent(blur[some], device)
-        images[at] = _blurred(images[at], sigma, math.ceil(2.5 * images.shape[-1] * augment.blur))
+        images[at] = blurred(images[at], sigma, math.ceil(2.5 * images.shape[-1] * augment.blur))
     noise = augment.noise * drawn[:, 21] * (drawn[:, 22] < augment.subset)
     some = (noise > 0).nonzero()[:, 0]
     if len(some):
@@ -260,7 +260,7 @@ def _contours(images: Tensor) -> Tensor:
     return (1 - (x * x + y * y).sqrt() / 4).clamp(0, 1)
 
 
-def _blurred(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+def blurred(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Smooth each picture with a Gaussian of its own ``sigma`` in pixels, cut off at ``radius``.
 
     Sums of shifted pictures, an element at a time: the bits of a convolution can depend on the batch.

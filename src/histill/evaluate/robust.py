@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from histill.data.packed import Packed
-from histill.data.views import _blurred, uniform
+from histill.data.views import blurred, uniform
 from histill.evaluate.figures import CYCLE, MUTED, drawing
 from histill.evaluate.intervals import figures_with_intervals
 from histill.evaluate.metrics import Scores
@@ -81,7 +81,7 @@ def gamma(images: Tensor, strength: float, draws: Tensor) -> Tensor:
 def blur(images: Tensor, strength: float, draws: Tensor) -> Tensor:
     """Out of focus: a Gaussian of ``strength`` pixels where the image has 224, and as much of it elsewhere."""
     sigma = strength * images.shape[-1] / 224
-    return _blurred(images, torch.full((len(images),), sigma, device=images.device), math.ceil(3 * sigma))
+    return blurred(images, torch.full((len(images),), sigma, device=images.device), math.ceil(3 * sigma))
 
 
 def jpeg(images: Tensor, strength: float, draws: Tensor) -> Tensor:
