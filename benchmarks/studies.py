@@ -75,6 +75,16 @@ TASKS = {
         teacher="--network mobilenet_v1 --val 0.2 --positive melanoma --image-size 128 --epochs 12 --batch-size 32 "
         "--lr 3e-4",
     ),
+    "dsnet-notebook": Task(
+        "isic_derm",
+        labels=("melanoma", "nevus"),
+        flags="--val 0.2 --seeds 3 --positive melanoma --image-size 80 --epochs 20 --weights none "
+        "--temperatures 10 --networks dsnet --batch-sizes 32",
+        network="mobilenetv1_100",
+        teacher="--network mobilenet_v1 --val 0.2 --positive melanoma --image-size 128 --epochs 12 --batch-size 32 "
+        "--lr 3e-4",
+        study="dsnet",
+    ),
     "mac-resnet": Task("lc25000", labels=LUNG, flags=f"{MAC} --tables 4 5 6", study="mac-resnet"),
     "mac-resnet-distilled": Task(
         "lc25000", labels=LUNG, flags=f"{MAC} --tables distilled --seeds 3", study="mac-resnet"
