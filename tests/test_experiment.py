@@ -46,6 +46,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Images:
         ({"clip": 0.0}, "clip=0.0: above 0"),
         ({"select": "f1"}, "select='f1': one of balanced_accuracy, accuracy, auroc, loss, last"),
         ({"positive": "cat"}, "positive='cat': the classes are benign, malignant"),
+        ({"epochs": "3"}, "epochs='3': a whole number"),
+        ({"batch_size": 2.5}, "batch_size=2.5: a whole number"),
+        ({"seed": None}, "seed=None: a whole number"),
+        ({"image_size": (32, 32)}, r"image_size=\(32, 32\): a whole number"),
+        ({"views": "2"}, "views='2': a whole number"),
+        ({"clip": "1"}, "clip='1': a number"),
+        ({"augment": "flip"}, r"augment='flip': of the kind histill.data.Augment"),
+        ({"unlabelled": "lesions"}, "unlabelled='lesions': of the kind histill.data.Images"),
+        ({"optimizer": "adam"}, r"optimizer='adam': what can be called, such as functools.partial\(torch.optim.Adam"),
+        ({"schedule": "cosine"}, "schedule='cosine': what can be called"),
     ],
 )
 def test_a_wrong_argument_is_refused_when_it_is_made(data: Images, change: Any, said: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -99,6 +100,7 @@ class Experiment:
     recipe: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         for name, least in (("epochs", 1), ("batch_size", 2), ("accumulate", 1), ("image_size", 8), ("seed", 0)):
             if getattr(self, name) < least:
                 raise BadInput(f"{name}={getattr(self, name)}: must be at least {least}")
@@ -123,6 +125,27 @@ class Experiment:
         if self.positive is not None and self.positive not in self.data.classes:
             raise BadInput(f"positive={self.positive!r}: the classes are {', '.join(self.data.classes)}")
 
+    def _check_kinds(self) -> None:
+        """A number that is none is said here, not by whoever reckons with it an hour later."""
+        for name, kind in (("data", Images), ("unlabelled", Images), ("augment", Augment)):
+            if not isinstance(value := getattr(self, name), kind) and (value is not None or name != "unlabelled"):
+                raise BadInput(f"{name}={value!r}: of the kind histill.data.{kind.__name__}")
+        for name in ("epochs", "batch_size", "accumulate", "image_size", "seed", "views", "patience"):
+            whole = isinstance(value := getattr(self, name), int | np.integer) and not isinstance(value, bool)
+            if not whole and (value is not None or name not in ("views", "patience")):
+                raise BadInput(f"{name}={value!r}: a whole number")
+        for name in ("clip", "ema"):
+            if (value := getattr(self, name)) is not None and not isinstance(value, int | float | np.floating):
+                raise BadInput(f"{name}={value!r}: a number")
+        for name, example in (
+            ("student", "functools.partial(Network, classes=2)"),
+            ("objective", "(student, teacher, batch) -> {name: (weight, loss)}"),
+            ("optimizer", "functools.partial(torch.optim.Adam, lr=1e-3)"),
+            ("schedule", "histill.schedules.cosine(epochs)"),
+        ):
+            if not callable(value := getattr(self, name)):
+                raise BadInput(f"{name}={value!r}: what can be called, such as {example}")
+
 
 def recipe(function: Callable[P, Experiment]) -> Callable[P, Experiment]:
     """Mark a function as a recipe: its experiments carry its name, its source and the arguments they were made with.
@@ -133,7 +156,10 @@ def recipe(function: Callable[P, Experiment]) -> Callable[P, Experiment]:
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Experiment:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__module__}.{function.__name__}: {error}") from None
         bound.apply_defaults()
         torch.manual_seed(int(bound.arguments.get("seed", 0)))
         experiment = function(*args, **kwargs)

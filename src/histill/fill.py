@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from histill.data.images import Images
 from histill.data.packed import pack
+from histill.data.splits import with_unlabelled
 from histill.data.views import Augment
 from histill.errors import BadInput, HistillError
 from histill.experiment import Experiment
-from histill.loop import kept_teacher, with_unlabelled
+from histill.loop import kept_teacher
 from histill.machine import at_speed, launch
 from histill.progress import progress
 from histill.teachers import Cached, Keyed, bound
@@ -78,7 +79,7 @@ def fill(
     """
     if experiment.teacher is None:
         raise BadInput("nothing to keep: the student learns alone; give --teacher")
-    data = experiment.data if experiment.unlabelled is None else with_unlabelled(experiment.data, experiment.unlabelled)
+    data = with_unlabelled(experiment.data, experiment.unlabelled)
     packed = pack(data, experiment.image_size, strict=experiment.strict)
     fabric = launch(device, precision, (), Path())
     with at_speed(fabric):

@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from histill.data.images import Images
 from histill.errors import BadInput
 from histill.experiment import Experiment
-from histill.types import Batch, Outputs, Terms
+from histill.types import Batch, Outputs, Terms, named
 
-__all__ = ["Average", "Learner", "check_draws", "freeze"]
+__all__ = ["Average", "Learner", "check_answers", "freeze"]
 
 
 class Learner(nn.Module):
@@ -38,7 +39,7 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch, teacher: Outputs) -> Terms:
         shown = batch.images if self.inputs is None else self.inputs(batch, teacher)
-        return self.objective(Outputs(self.student(shown)), teacher, batch)
+        return self.objective(named(self.student(shown), "the student"), teacher, batch)
 
 
 def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
@@ -52,13 +53,24 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def check_draws(network: nn.Module, size: int) -> None:
-    """`BadInput` where a network that is to learn masks gives one answer for the whole image."""
+def check_answers(network: nn.Module, data: Images, size: int) -> None:
+    """Ask a network once, so that one that cannot learn these labels or masks is refused before it has learnt.
+
+    Raises:
+        BadInput: it gives no named tensors, another number of classes, or one answer for an image with a mask.
+    """
     from histill.evaluate.masks import label_map
 
     mode = network.training
-    label_map(network.eval()(torch.zeros(1, 3, size, size)), (size, size))
+    said = named(network.eval()(torch.zeros(1, 3, size, size)), "the student")
     network.train(mode)
+    if data.masks:
+        label_map(said, (size, size))
+    elif data.classes and "logits" in said and said["logits"].shape != (1, len(data.classes)):
+        raise BadInput(
+            f"the student's logits of one image have the shape {tuple(said['logits'].shape)}, and the data has "
+            f"{len(data.classes)} classes ({', '.join(data.classes)}): (1, {len(data.classes)})"
+        )
 
 
 class Average:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import time
 from collections.abc import Sequence
@@ -22,24 +21,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from histill.accelerator import Tally
-from histill.data.images import Images
 from histill.data.packed import Packed, pack
+from histill.data.splits import with_unlabelled
 from histill.data.views import VERSION
 from histill.errors import BadInput, Failed, out_of_memory
 from histill.evaluate import labels
 from histill.evaluate.task import task_of
 from histill.experiment import Experiment
 from histill.files import atomic, cache_dir, digest, locked, read_json, sweep, write_json, writing
-from histill.learner import Average, Learner, check_draws, freeze
+from histill.learner import Average, Learner, check_answers, freeze
 from histill.machine import answers_bf16, at_speed, launch, logged
 from histill.memory import Buffers, Fits, halved
 from histill.progress import Bar, notice, progress
 from histill.record import check_finished, check_same, describe, record
 from histill.run import Run, without_weights
 from histill.teachers import Cached, Keyed, bound
-from histill.types import Outputs, Teacher, total
+from histill.types import Outputs, Teacher, named, total
 
-__all__ = ["kept_teacher", "train", "with_unlabelled"]
+__all__ = ["kept_teacher", "train"]
 
 
 @dataclass
@@ -125,7 +124,7 @@ def _train(
     checkpoint_seconds: float,
     command: dict[str, Any] | None,
 ) -> None:
-    data = experiment.data if experiment.unlabelled is None else with_unlabelled(experiment.data, experiment.unlabelled)
+    data = with_unlabelled(experiment.data, experiment.unlabelled)
     packed = pack(data, experiment.image_size, strict=experiment.strict)
     for line in packed.images.notices:
         notice(line)
@@ -138,8 +137,7 @@ def _train(
     torch.manual_seed(experiment.seed)
     student = experiment.student().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     freeze(student, experiment.frozen)
-    if data.masks:  # a network without a decoder is refused before it has learnt for an epoch
-        check_draws(student, experiment.image_size)
+    check_answers(student, data, experiment.image_size)
     learner = Learner(student, experiment)
     average = Average(student, experiment.ema, fabric.device) if experiment.ema else None
     optimizer = experiment.optimizer([p for p in learner.parameters() if p.requires_grad])
@@ -307,7 +305,7 @@ def _gradient(
         part = part if len(part) else parts[0][:1]  # a process without images still takes part, with no weight
         kind: dict[str, Any] = {"augment": experiment.augment, "seed": experiment.seed, "device": fabric.device}
         batch = packed.batch(part, torch.full((len(part),), view), **kind)
-        said = teacher(batch) if teacher is not None else Outputs()
+        said = named(teacher(batch), "the teacher") if teacher is not None else Outputs()
         waits = fabric.world_size > 1 and number < len(mine) - 1
         with fabric.no_backward_sync(forward) if waits else nullcontext():
             terms = forward(batch, said)
@@ -401,7 +399,8 @@ def _judge_teacher(
 
     def ask(rows: NDArray[np.int64]) -> NDArray[np.float64] | None:
         batch = packed.batch(rows, device=fabric.device)
-        outputs = teacher(batch._replace(labels=torch.full_like(batch.labels, -1)))  # it may use those of training
+        unlabelled = batch._replace(labels=torch.full_like(batch.labels, -1))  # it may use those of training
+        outputs = named(teacher(unlabelled), "the teacher")
         if "logits" not in outputs or outputs["logits"].shape[1:] != (len(experiment.data.classes),):
             return None
         logits: NDArray[np.float64] = outputs["logits"].double().cpu().numpy()
@@ -427,9 +426,12 @@ def kept_teacher(experiment: Experiment, packed: Packed, device: torch.device) -
     Part of the key is the kind of device and whether a teacher answers in bf16 there.
     """
     teacher, views = experiment.teacher, experiment.views
-    if teacher is None or not experiment.cache or views is None:
+    if teacher is None or not experiment.cache or views is None or isinstance(teacher, Cached):
         return teacher
-    if isinstance(teacher, Cached) or not isinstance(teacher, Keyed):
+    if not isinstance(teacher, Keyed):
+        notice(
+            f"the teacher has no key ({type(teacher).__name__}), so that it is asked in every epoch, not once a view"
+        )
         return teacher
     identity = {
         "image_size": experiment.image_size,
@@ -484,16 +486,3 @@ def _finish(
     info |= {"epochs_run": state.epoch, "seconds": (datetime.now(UTC) - started).total_seconds()}
     task.finish(out, info)
     write_json(out / "run.json", info | {"status": "finished"})
-
-
-def with_unlabelled(data: Images, unlabelled: Images) -> Images:
-    """Labelled and unlabelled images as one table, the unlabelled ones in the training split.
-
-    A copy of a training image is left out; one of a validation or test image is found as a leak when they are packed.
-    """
-    extra = unlabelled.frame.assign(path=[os.path.relpath(p, data.root) for p in unlabelled.paths()], split="train")
-    known = set(data.frame["content"][data.frame["split"] == "train"])
-    fresh = extra[~extra["content"].isin(known)]
-    copies = len(extra) - len(fresh)
-    lines = [f"{copies} unlabelled images are among the labelled training images, left out"] if copies else []
-    return data.with_frame(pd.concat([data.frame, fresh]), *unlabelled.notices, *lines)

@@ -36,6 +36,9 @@ def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fa
         BadInput: no such device, precision or logger here.
     """
     found = find_device(device)
+    if isinstance(loggers, str):
+        raise BadInput(f"loggers={loggers!r}: a list of names, such as [{loggers!r}]")
+    tracked = [_logger(name, out) for name in loggers]
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # the precision is in run.json
     if precision == "auto":
         precision = "bf16-mixed" if computes_bf16(found.type) else "32-true"
@@ -49,7 +52,7 @@ def launch(device: str, precision: str, loggers: Iterable[str], out: Path) -> Fa
             strategy=DDPStrategy(find_unused_parameters=True) if world > 1 else "auto",
             precision=precision,
             plugins=[environment],
-            loggers=[_logger(name, out) for name in loggers],
+            loggers=tracked,
         )
     except ValueError as error:
         raise BadInput(f"--device {device} --precision {precision}: {str(error).splitlines()[0]}") from None
@@ -88,7 +91,7 @@ def find_device(name: str) -> torch.device:
     Raises:
         BadInput: another name, or no such device here.
     """
-    kind, _, index = name.partition(":")
+    kind, _, index = str(name).partition(":")
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdigit())):

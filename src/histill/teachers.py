@@ -20,7 +20,7 @@ from histill.errors import BadInput
 from histill.files import atomic, check_room, claim, digest, locked, read_json, write_json
 from histill.progress import say
 from histill.run import Run
-from histill.types import Batch, Outputs
+from histill.types import Batch, Outputs, named
 
 __all__ = [
     "Cached",
@@ -66,6 +66,9 @@ class Frozen:
         self.image_size, self.path = image_size, path
         self.key = f"{key or weights_digest(network)}@{image_size or 'same'}"
 
+    def __repr__(self) -> str:
+        return f"Frozen({type(self.network).__name__}, image_size={self.image_size})"
+
     def __call__(self, batch: Batch) -> Outputs:
         from histill.machine import answers_bf16
 
@@ -76,7 +79,7 @@ class Frozen:
             torch.no_grad(),
             torch.autocast(device.type, enabled=answers_bf16(device.type), dtype=torch.bfloat16),
         ):
-            return _Answer(self.network(batch.at(self.image_size)))
+            return _Answer(named(self.network(batch.at(self.image_size)), "the teacher"))
 
 
 class _Answer(Outputs):
@@ -118,9 +121,14 @@ class Ensemble:
             raise BadInput("an ensemble needs at least one teacher")
         if weighting not in ("mean", "confidence"):
             raise BadInput(f"weighting {weighting!r}: mean or confidence")
+        if keyless := [type(teacher).__name__ for teacher in teachers if not isinstance(teacher, Keyed)]:
+            raise BadInput(f"{keyless[0]} in an ensemble has no key; wrap a network in histill.teachers.Frozen")
         self.teachers, self.weighting = tuple(teachers), weighting
         self.key = digest(["ensemble", weighting, *(t.key for t in teachers)])
         self.path = " + ".join(str(getattr(t, "path", None) or t.key) for t in teachers)
+
+    def __repr__(self) -> str:
+        return f"Ensemble({', '.join(map(repr, self.teachers))}, weighting={self.weighting!r})"
 
     def __call__(self, batch: Batch) -> Outputs:
         log_p = torch.stack([teacher(batch)["logits"].log_softmax(1) for teacher in self.teachers])  # (K, B, C)
@@ -294,19 +302,29 @@ def _shared(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> NDArray[A
     return array
 
 
-def as_teacher(teacher: Run | Keyed, classes: Sequence[str]) -> Keyed:
-    """A run's network as a teacher at the size it was trained at; any other teacher as it is.
+def as_teacher(teacher: Run | Keyed | str | Path | nn.Module, classes: Sequence[str]) -> Keyed:
+    """A run, or its folder, as a teacher at the size it was trained at; a network `Frozen`; any other teacher as it is.
 
     Raises:
-        BadInput: the run has other classes than the data.
+        BadInput: the run has other classes than the data, or it is no teacher.
     """
-    if not isinstance(teacher, Run):
-        return teacher
-    if teacher.classes != tuple(classes):
+    if isinstance(teacher, str | Path):
+        teacher = Run.open(teacher)
+    if isinstance(teacher, Run):
+        if teacher.classes != tuple(classes):
+            raise BadInput(
+                f"{teacher.path} was trained on the classes {', '.join(teacher.classes)}, the data has "
+                f"{', '.join(classes)}"
+            )
+        return Frozen(teacher.network(), image_size=teacher.image_size, path=teacher.path)
+    if isinstance(teacher, nn.Module):
+        return Frozen(teacher)
+    if not callable(teacher):
         raise BadInput(
-            f"{teacher.path} was trained on the classes {', '.join(teacher.classes)}, the data has {', '.join(classes)}"
+            f"a {type(teacher).__name__} is no teacher: give a run, a network, or what answers a batch (several: "
+            "histill.teachers.Ensemble)"
         )
-    return Frozen(teacher.network(), image_size=teacher.image_size, path=teacher.path)
+    return teacher
 
 
 def weights_digest(network: nn.Module) -> str:

@@ -7,14 +7,14 @@ both to weighted losses. Each is a plain function or module; nothing is register
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from histill.errors import BadInput
 
-__all__ = ["Batch", "Network", "NoOutput", "Objective", "Outputs", "Teacher", "Terms"]
+__all__ = ["Batch", "Network", "NoOutput", "Objective", "Outputs", "Teacher", "Terms", "named", "total"]
 
 
 class NoOutput(BadInput, KeyError):
@@ -34,6 +34,20 @@ class Outputs(dict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
         there = ", ".join(sorted(self)) or "nothing, there is no teacher"
         raise NoOutput(f"no output named {name!r}; this network gives: {there}")
+
+
+def named(said: Any, whose: str) -> Outputs:
+    """What a network or a teacher said, which is to be tensors by name.
+
+    Raises:
+        BadInput: it is not; timm's own networks give a tensor.
+    """
+    if not isinstance(said, Mapping):
+        raise BadInput(
+            f"{whose} gives a {type(said).__name__}, not named tensors: let it return {{'logits': ...}}, or take "
+            "histill.models.Timm for a network of timm's"
+        )
+    return said if isinstance(said, Outputs) else Outputs(said)
 
 
 class Batch(NamedTuple):
@@ -79,5 +93,20 @@ Objective: TypeAlias = Callable[[Outputs, Outputs, Batch], Terms]
 
 
 def total(terms: Terms) -> Tensor:
-    """The weighted sum of the terms."""
+    """The weighted sum of the terms.
+
+    Raises:
+        BadInput: the objective gave something else than terms.
+    """
+    if not isinstance(terms, Mapping) or not terms:
+        raise BadInput(f"an objective gives {{name: (weight, loss)}}, and this one gave {_short(terms)}")
+    for name, term in terms.items():
+        if not (isinstance(term, tuple | list) and len(term) == 2 and isinstance(term[1], Tensor)):
+            raise BadInput(f"the loss term {name!r} is (weight, a tensor of one number), and not {_short(term)}")
+        if term[1].dim():
+            raise BadInput(f"the loss term {name!r} has the shape {tuple(term[1].shape)}; give its mean, one number")
     return torch.stack([weight * loss for weight, loss in terms.values()]).sum()
+
+
+def _short(value: object) -> str:
+    return f"a {type(value).__name__}" if value or isinstance(value, Tensor) else repr(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 from histill.data.images import SPLITS, Images, check_leaks, few
 from histill.errors import BadInput
 
-__all__ = ["split"]
+__all__ = ["split", "with_unlabelled"]
 
 
 def split(
@@ -96,3 +97,18 @@ def _deal(frame: pd.DataFrame, units: pd.Series[str], shares: dict[str, float], 
         lacking[part] -= values[group]
         chosen[counts.index[group]] = SPLITS[part]
     return [chosen[unit] for unit in units]
+
+
+def with_unlabelled(data: Images, unlabelled: Images | None) -> Images:
+    """Labelled and unlabelled images as one table, the unlabelled ones in the training split.
+
+    A copy of a training image is left out; one of a validation or test image is found as a leak when they are packed.
+    """
+    if unlabelled is None:
+        return data
+    extra = unlabelled.frame.assign(path=[os.path.relpath(p, data.root) for p in unlabelled.paths()], split="train")
+    known = set(data.frame["content"][data.frame["split"] == "train"])
+    fresh = extra[~extra["content"].isin(known)]
+    copies = len(extra) - len(fresh)
+    lines = [f"{copies} unlabelled images are among the labelled training images, left out"] if copies else []
+    return data.with_frame(pd.concat([data.frame, fresh]), *unlabelled.notices, *lines)

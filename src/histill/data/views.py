@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from histill.accelerator import sent
+from histill.errors import BadInput
 
 __all__ = ["VERSION", "Augment", "blurred", "follow", "render", "twin_of", "uniform"]
 
@@ -60,6 +61,12 @@ class Augment:
     blur: float = 0.0
     noise: float = 0.0
     subset: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            most = {"rotate": 180, "zoom": math.inf, "noise": math.inf}.get(name, 1)
+            if not isinstance(value, int | float) or not 0 <= value <= most or math.isinf(value):
+                raise BadInput(f"Augment({name}={value!r}): a number from 0{f' to {most}' if most < math.inf else ''}")
 
     def key(self, seed: int) -> dict[str, float]:
         """What a cache of these views is keyed by."""
