@@ -490,6 +490,37 @@ def test_a_useless_teacher_is_said_to_be_one(data: Images, tmp_path: Path, capsy
     assert "the teacher is hardly better than chance on validation (balanced accuracy 0.000)" in capsys.readouterr().err
 
 
+def test_chance_is_exceeded_by_two_standard_deviations(data: Images, tmp_path: Path, capsys: Any) -> None:
+    """Of 8 images in two classes 1/2 + 2 sqrt(1/4 / 8) = 0.854: six right could be luck, seven are not."""
+    val = data.rows("val")
+    assert len(val) == 8
+
+    class Mistaken(Tinted):
+        def __init__(self, wrong: int) -> None:
+            super().__init__()
+            self.wrong = torch.tensor(val[:wrong])
+
+        def __call__(self, batch: Batch) -> Outputs:
+            sign = torch.where(torch.isin(batch.ids, self.wrong), -1, 1)[:, None]
+            return Outputs(logits=sign * super().__call__(batch)["logits"])
+
+    for wrong, warned in ((2, True), (1, False)):
+        run = hs.train(experiment(data, teacher=Mistaken(wrong), epochs=1), tmp_path / str(wrong))
+        assert run.info["teacher"]["validation"]["accuracy"] == 1 - wrong / 8
+        assert ("hardly better than chance" in capsys.readouterr().err) == warned
+
+
+def test_a_teacher_is_judged_without_being_told_the_labels(data: Images, tmp_path: Path) -> None:
+    class Told(Tinted):
+        """Repeats the label where it is given one, as a teacher may that is asked of training images."""
+
+        def __call__(self, batch: Batch) -> Outputs:
+            return Outputs(logits=10 * F.one_hot(batch.labels.clamp(min=0), 2).float())
+
+    run = hs.train(experiment(data, teacher=Told(), epochs=1), tmp_path / "run")
+    assert run.info["teacher"]["validation"]["balanced_accuracy"] == 0.5
+
+
 class Features:
     key = "features"
 
