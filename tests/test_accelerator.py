@@ -94,7 +94,9 @@ class Steps:
             total(terms).backward()
             still = list(waits)
             found.append({name: float(loss.detach()) for name, (_, loss) in terms.items()})
-        size = sum(float(p.grad.double().square().sum()) for p in learner.parameters() if p.grad is not None) ** 0.5
+        size = (
+            sum(float(p.grad.cpu().double().square().sum()) for p in learner.parameters() if p.grad is not None) ** 0.5
+        )
         waits[:] = still
         return [*found, {"gradient": size}]
 

@@ -324,7 +324,7 @@ def _measure(
         for batch in batches:
             said = teacher(batch)
             for name in outputs:
-                values = said[name].double().cpu().movedim(1, -1).flatten(0, -2).numpy()  # (N, D)
+                values = said[name].cpu().double().movedim(1, -1).flatten(0, -2).numpy()  # (N, D)
                 count, total, squares = sums[name]
                 sums[name] = (count + len(values), total + values.sum(0), squares + np.square(values).sum(0))
             bar.advance(len(batch.ids))

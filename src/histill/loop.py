@@ -403,7 +403,7 @@ def _judge_teacher(
         outputs = named(teacher(unlabelled), "the teacher")
         if "logits" not in outputs or outputs["logits"].shape[1:] != (len(experiment.data.classes),):
             return None
-        logits: NDArray[np.float64] = outputs["logits"].double().cpu().numpy()
+        logits: NDArray[np.float64] = outputs["logits"].cpu().double().numpy()
         return logits
 
     for start in range(0, len(val), 64):

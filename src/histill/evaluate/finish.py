@@ -249,10 +249,12 @@ def settings(info: dict[str, Any]) -> dict[str, Any]:
     """What a page says of how a run was made."""
     arguments = {k: v for k, v in info["recipe"].get("arguments", {}).items() if k != "data"}
     selected = info["selection"]
-    kept = f"{selected['rule']} (epoch {selected['epoch']} of {info['epochs_run']})" if "epoch" in selected else ""
+    counted = f"epoch {selected.get('epoch')}, counted from 0, of {info['epochs_run']}"
+    kept = f"{selected['rule']} ({counted})" if "epoch" in selected else ""
+    made, name = info["network"]["function"].rsplit(":")[-1], info["network"]["arguments"].get("name")
     return {
         **arguments,
-        "network": info["network"]["function"].rsplit(":")[-1],
+        "network": f"{name} ({made})" if isinstance(name, str) else made,
         "weights kept": kept,
         "views": info["views"],
     }

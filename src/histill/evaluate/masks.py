@@ -164,7 +164,7 @@ def ask(
             said = torch.from_numpy(nuclei > 0).long().to(truth.device)
             pairs = zip(nuclei, batch.masks.cpu().numpy())
             objects["objects"] = np.array([astuple(match(t, n)) for n, t in pairs])
-        loss = _cross_entropy(outputs["logits"], truth).double().cpu().numpy()
+        loss = _cross_entropy(outputs["logits"], truth).cpu().double().numpy()
         return {"counts": _count(said, truth, classes), "loss": loss, **objects}
 
     with torch.no_grad():
@@ -186,7 +186,7 @@ def _count(said: Tensor, truth: Tensor, classes: int) -> NDArray[np.float64]:
     confusion = torch.bincount(index[known], minlength=images * classes * classes).view(images, classes, classes)
     right = confusion.diagonal(dim1=1, dim2=2)
     counts = torch.stack([right, confusion.sum(1) - right, confusion.sum(2) - right], 2)
-    return counts.double().cpu().numpy()
+    return counts.cpu().double().numpy()
 
 
 def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:

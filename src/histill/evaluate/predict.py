@@ -34,7 +34,7 @@ def predict_rows(
     def look(part: NDArray[np.int64]) -> dict[str, Tensor]:
         outputs = network(packed.batch(part, device=device).images).items()
         logits = {n: v for n, v in outputs if n == "logits" or (n.startswith("exit") and n[4:].isdigit())}
-        return {name: value.double().cpu() for name, value in logits.items()}
+        return {name: value.cpu().double() for name, value in logits.items()}
 
     with torch.no_grad():
         for start in range(0, len(rows), batch_size):

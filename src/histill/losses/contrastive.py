@@ -117,8 +117,8 @@ class CRDMemory(nn.Module):
         """``(B, K)`` row numbers of negatives for the images ``(B,)``, uniform over those of other groups."""
         start, size = self.start[index, None], self.size[index, None]
         others = len(self.order) - size
-        uniform = torch.rand(len(index), self.negatives, dtype=torch.float64, device=index.device)
-        place = (uniform * others).long()
+        uniform = torch.rand(len(index), self.negatives, device=index.device)
+        place = torch.minimum((uniform * others).long(), others - 1)  # a product may be rounded up
         return self.order[torch.where(place >= start, place + size, place)]
 
     def _nce(self, v: Tensor, memory: Tensor, chosen: Tensor, side: int) -> Tensor:

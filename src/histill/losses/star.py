@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from histill.accelerator import sent
 from histill.errors import BadInput
 from histill.losses._shared import constant, precise
 from histill.types import Terms
@@ -61,10 +62,12 @@ def _march(instances: Tensor, distance: Tensor, rays: int, grid: int) -> Tensor:
     sampled = instances[:, ::grid, ::grid]
     image, row, column = torch.nonzero(sampled > 0, as_tuple=True)
     start = (image * (height + 2) + row * grid + 1) * (width + 2) + column * grid + 1
-    angle = torch.arange(rays, dtype=torch.float64, device=instances.device) * (2 * math.pi / rays)
+    angle = torch.arange(rays, dtype=torch.float64) * (2 * math.pi / rays)  # MPS has no float64
     dx, dy = angle.cos(), angle.sin()
-    step = torch.arange(height + width + 1, device=instances.device)[:, None]
+    step = torch.arange(height + width + 1)[:, None]
     move = ((step * dy).round().long() * (width + 2) + (step * dx).round().long()).flatten()  # of step * rays + ray
+    overshoot = sent((1 - 0.5 / torch.maximum(dx.abs(), dy.abs())).float(), instances.device)
+    move = sent(move, instances.device)
 
     arrived = torch.empty(len(start) * rays, dtype=torch.long, device=instances.device)
     going = torch.arange(len(arrived), device=instances.device)
@@ -77,9 +80,8 @@ def _march(instances: Tensor, distance: Tensor, rays: int, grid: int) -> Tensor:
         going, start = going[inside], start[inside]
         taken = taken[inside] + rays * leap[place[inside]]
 
-    overshoot = 1 - 0.5 / torch.maximum(dx.abs(), dy.abs())
     dist = torch.zeros(*sampled.shape, rays, device=instances.device)
-    dist[image, row, column] = (arrived // rays).view(-1, rays) - overshoot.float()
+    dist[image, row, column] = (arrived // rays).view(-1, rays) - overshoot
     return dist.movedim(-1, 1).contiguous()
 
 

@@ -258,7 +258,7 @@ def _candidates(
         row, column = row + top // GRID, column + left // GRID
         allowed = (row >= border) & (row < rows - border) & (column >= border) & (column < columns - border)
         place = torch.stack([column, row], 1) * GRID
-        found.append([part[allowed].double().cpu().numpy() for part in (place, reach, score)])
+        found.append([part[allowed].cpu().double().numpy() for part in (place, reach, score)])
     points, rays, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return points, rays, scores
 
