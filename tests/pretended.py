@@ -2,8 +2,8 @@
 
 A tensor that is sent there is another kind of tensor. What mixes it with one that is not is an error, as it is on CUDA,
 and wherever the processor would have to wait for the device (a number is read, a mask is an index, a copy is not from
-pinned memory) the place is written down. Results must be those of the CPU, as the CPU computes them. float64 is refused,
-as Apple's MPS has none.
+pinned memory) the place is written down. Results must be those of the CPU, as the CPU computes them. float64 is
+refused, as Apple's MPS has none.
 
 torch knows the device as ``meta:0``, the one kind beside the CPU whose gradients it computes without a driver.
 """
