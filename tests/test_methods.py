@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import Counting, no_page, table
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import histill as hs
@@ -20,7 +20,7 @@ from histill.data import Images, pack
 from histill.errors import BadInput
 from histill.models import Cifar
 from histill.recipes import methods
-from histill.recipes._methods import METHODS, Rising, Turning, labels_alone, rotations
+from histill.recipes._methods import METHODS, Pair, Rising, SelfSupervised, Turning, labels_alone, rotations
 from histill.teachers import Frozen
 from histill.types import Batch, Outputs, total
 
@@ -96,6 +96,66 @@ def test_a_method_is_its_published_sum_and_teaches_the_student(data: Images, tea
     assert set(WEIGHTS) == set(METHODS) - {"ab"}
 
 
+def random_pair(classes: int = 5) -> tuple[Tensor, Tensor, Batch]:
+    """Logits ``(6, classes)`` of both, and a batch of their labels."""
+    generator = torch.Generator().manual_seed(2)
+    student, teacher = (3 * torch.randn(6, classes, generator=generator) for _ in range(2))
+    zero = torch.zeros(6, dtype=torch.long)
+    return student, teacher, Batch(torch.zeros(6, 3, 4, 4), torch.arange(6) % classes, zero, zero, lambda size: zero)
+
+
+def test_the_numbers_within_a_loss_are_those_of_its_paper() -> None:
+    s, t, batch = random_pair()
+    y = batch.labels
+    expected = {
+        "kd-standardized": losses.kd(s, t, temperature=2, standardize=True),
+        "dkd": losses.dkd(s, t, y, alpha=1, beta=8, temperature=4),
+        "dist": losses.dist(s, t, beta=2, gamma=2, temperature=4),
+        "nkd": losses.nkd(s, t, y, gamma=1.5, temperature=1),
+    }
+    nothing = Pair(Outputs(), Outputs(), lambda: (y, y), 1)
+    for method, value in expected.items():
+        terms = METHODS[method].make(nothing)(Outputs(logits=s), Outputs(logits=t), batch)
+        (found,) = (loss for name, (_, loss) in terms.items() if name != "hard")
+        assert float(found) == pytest.approx(float(value), rel=1e-6), method
+
+
+def test_sskd_compares_each_turned_image_with_what_the_teacher_says_of_the_same() -> None:
+    s, t, batch = random_pair()
+    told = torch.stack([t.roll(turns, 1) for turns in (1, 2, 3)], 1)  # (6, 3, 5)
+    teacher = Outputs(logits=t, pooled=t, turned_logits=told, turned_pooled=told)
+    loss = SelfSupervised(Pair(Outputs(pooled=s), Outputs(pooled=t), lambda: (s, s), 1))
+    same = torch.cat([s, *told.unbind(1)])
+    assert float(loss(Outputs(logits=same, pooled=same), teacher, batch)["turned"][1]) < 1e-9
+    other = torch.cat([s, s, s, s])
+    found = loss(Outputs(logits=other, pooled=other), teacher, batch)["turned"][1]
+    by_hand = np.mean([float(losses.kd(s, told[:, turn], temperature=4)) for turn in range(3)])
+    assert float(found) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_stages_are_the_last_four_sizes_and_each_method_takes_its_own() -> None:
+    def maps(channels: int, sizes: tuple[int, ...]) -> Outputs:
+        generator = torch.Generator().manual_seed(channels)
+        made = {
+            f"stage{n}": torch.rand(2, channels + n, side, side, generator=generator) for n, side in enumerate(sizes)
+        }
+        return Outputs(**made)
+
+    student, teacher = maps(3, (32, 16, 8, 4, 2)), maps(7, (16, 8, 4, 2))
+    pair = Pair(student, teacher, lambda: (torch.arange(2), torch.arange(2)), 1)
+    assert pair.stages == [("stage1", "stage0"), ("stage2", "stage1"), ("stage3", "stage2"), ("stage4", "stage3")]
+    assert pair.channels == [(4, 7), (5, 8), (6, 9), (7, 10)]
+    hinted: Any = METHODS["fitnet"].make(pair)
+    assert hinted.stage == ("stage3", "stage2")
+    student["logits"], zero = torch.zeros(2, 2), torch.zeros(2, dtype=torch.long)
+    batch = Batch(torch.zeros(2, 3, 4, 4), zero, zero, zero, lambda size: zero)
+    each = [losses.attention_transfer(student[s], teacher[t]) for s, t in pair.stages]
+    summed = METHODS["at"].make(pair)(student, teacher, batch)["attention"][1]
+    assert float(summed) == pytest.approx(float(torch.stack(each).sum()), rel=1e-6)
+    last = METHODS["sp"].make(pair)(student, teacher, batch)["similarity"][1]
+    assert float(last) == pytest.approx(float(losses.similarity(student["stage4"], teacher["stage3"])), rel=1e-6)
+
+
 def test_kd_is_what_it_was_before_methods(data: Images, teacher: Frozen) -> None:
     made = methods.student(data, teacher, method="kd", network="resnet8x4", **SMALL)
     student, taught, batch, _ = said(data, made)
@@ -141,6 +201,8 @@ def test_the_memory_of_crd_knows_the_training_images_alone(data: Images, teacher
     rows = pack(data, 32).images.rows("train")
     assert made.loss.memory_teacher.shape == (len(rows), 128)
     assert made.place[torch.tensor(rows)].tolist() == list(range(len(rows)))
+    labels = pack(data, 32).labels[torch.tensor(rows)]
+    assert (labels[made.loss.draw(torch.arange(len(rows)))] != labels[:, None]).all(), "negatives are of other classes"
 
 
 def test_a_turning_teacher_says_of_each_rotation_what_it_says_of_the_turned_image(

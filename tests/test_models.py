@@ -38,6 +38,7 @@ from histill.models import (
     UNetDecoder,
     attention_crop,
 )
+from histill.models.csat import GlobalResponseNorm, Transformer
 from histill.types import Outputs
 
 CLASSES = 3
@@ -404,6 +405,48 @@ def test_sat_of_variant_a_attends_by_a_constant() -> None:
         added = sat.transformer(before) - before - sat.transformer.peg(before)
         spread[variant] = float(added.std((2, 3)).max())
     assert spread["A"] < 1e-6 < 1e-2 < spread["B"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", [None, "sigmoid"])
+def test_sat_sees_the_mean_of_the_channels_and_then_their_largest(gate: Any) -> None:
+    x = torch.randn(2, 3, 7, 7)  # of the size of the map, so that nothing is pooled or enlarged
+    for number, seen in enumerate((x.mean(1, keepdim=True), x.amax(1, keepdim=True))):
+        sat = SAT(gate=gate)
+        sat.transformer = nn.Identity()
+        nn.init.zeros_(sat.conv.weight)
+        sat.conv.weight[0, number, 3, 3] = 1
+        torch.testing.assert_close(sat(x), x * (seen if gate is None else seen.sigmoid()))
+
+
+@torch.no_grad()
+def test_csats_transformer_is_attention_written_out() -> None:
+    torch.manual_seed(0)
+    block, x = Transformer(6, heads=2, head_width=4), torch.randn(2, 6, 3, 5)
+    seen = x + block.peg(x)
+    tokens = torch.stack([seen[:, :, y, column] for y in range(3) for column in range(5)], 1)  # (2, 15, 6)
+    normed, heads = block.norm1(tokens), []
+    for head in range(2):
+        q, k, v = (normed @ block.qkv.weight[8 * part + 4 * head :][:4].T for part in range(3))
+        scores = torch.einsum("bid,bjd->bij", q, k) / 2  # the square root of 4
+        heads.append(torch.einsum("bij,bjd->bid", scores.exp() / scores.exp().sum(2, keepdim=True), v))
+    tokens = tokens + block.project(torch.cat(heads, 2))
+    tokens = tokens + block.mlp(block.norm2(tokens))
+    found = block(x)
+    for place in range(15):
+        torch.testing.assert_close(found[:, :, place // 5, place % 5], tokens[:, place], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_global_response_is_an_images_channel_over_the_mean_of_its_channels() -> None:
+    norm, x = GlobalResponseNorm(2), torch.tensor([[[[3.0, 1.0]], [[4.0, 1.0]]], [[[0.0, 2.0]], [[0.0, 6.0]]]])
+    torch.testing.assert_close(norm(x), x)  # as it begins
+    norm.gamma[:], norm.beta[:] = torch.tensor([2.0, 3.0]), torch.tensor([0.5, 0.0])
+    lengths = torch.tensor([[5.0, 2**0.5], [0.0, 40**0.5]])  # of an image's channel over all places
+    for image, (one, other) in enumerate(lengths):
+        n = torch.tensor([one, other]) / ((one + other) / 2)
+        expected = torch.tensor([2.0, 3.0]) * x[image] * n + torch.tensor([0.5, 0.0]) + x[image]
+        torch.testing.assert_close(norm(x)[image], expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
