@@ -447,6 +447,20 @@ def test_help_says_what_the_teacher_gets_where_nothing_is_given(capsys: pytest.C
     assert re.search(r"--teacher-lr FLOAT the teacher's; learning rate of Adam \(default: 0\.0001\)", said)
 
 
+def test_help_says_what_the_pretraining_gets_where_nothing_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["distill", "foundation", "--help"]) == 0
+    said = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert "--pretrain-epochs INT of the pretraining: passes over the images (default: 100)." in said
+    assert "(default: ())" not in said
+
+
+def test_flags_of_a_teacher_that_is_given_are_refused(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    flags = ["--data", tmp_path, "--out", tmp_path / "out", "--teacher", tmp_path / "t", "--teacher-lr", "0.1"]
+    line = refused(["distill", "dsnet", *flags])
+    assert line.startswith("histill: --teacher-lr: of a teacher that is trained here;")
+    assert line.rstrip().endswith("t is trained already")
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_recipe_names_its_own_flags(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([verb, "dsnet.student" if verb == "train" else "dsnet", "--help"]) == 0

@@ -137,6 +137,11 @@ def test_several_seeds_have_a_folder_each_and_one_summary(data: Path, tmp_path: 
         assert figure["value"] == pytest.approx(sum(each) / 2)
     assert len(summary["test"]["gain"]["accuracy"]["seeds"]) == 2
     check_test(summary["test"])
+    page = (tmp_path / "out/report.html").read_text()
+    for whose in ("By class, distilled student", "Settings of the distilled student", "Settings of the teacher"):
+        assert f"{whose}, first seed</h2>" in page
+    name = json.loads((tmp_path / "out/seed0/teacher/run.json").read_text())["network"]["arguments"]["name"]
+    assert f"{name} (" in page.partition("Settings of the teacher")[2]
 
 
 # Stopped on the way

@@ -174,6 +174,20 @@ def test_the_answer_says_what_the_intervals_are_over(summary: dict[str, Any], tm
     assert "One seed" not in text
 
 
+def test_an_interval_without_width_is_explained(summary: dict[str, Any], tmp_path: Path) -> None:
+    same = text_of(distill_report(tmp_path, with_gain(summary, 0.0, 0.0, 0.0)))
+    assert "no width: nothing was seen to differ, which is not that nothing does" in same
+    assert "no width" not in text_of(distill_report(tmp_path, with_gain(summary, 0.0, -0.1, 0.1)))
+
+
+def test_the_page_says_how_times_were_taken_and_of_whom_the_settings_are(
+    summary: dict[str, Any], tmp_path: Path
+) -> None:
+    text = text_of(distill_report(tmp_path, summary, settings={"lr": 0.1}, teacher_settings={"lr": 0.2}))
+    assert "in ONNX Runtime on this machine's CPU, in turns" in text
+    assert re.search(r"Settings of the distilled student Name Value lr 0\.1 .*of the teacher Name Value lr 0\.2", text)
+
+
 def test_the_int8_student_stands_beside_the_other_with_its_own_gain(summary: dict[str, Any], tmp_path: Path) -> None:
     small = summary["efficiency"]["student"] | {"file_bytes": 295_000, "latency_ms_batch1": {"median": 4.0, "p95": 5.0}}
     both = summary | {"efficiency": summary["efficiency"] | {"student_int8": small}}

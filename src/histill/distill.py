@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -215,6 +216,7 @@ def _prove(recipe: str, out: Path, images: Images, runs: list[dict[str, Run]]) -
         pictures.append(
             Picture(seen, "What the teacher looks at: the mean of its maps, the mask, the crop; test images.")
         )
+    by_class = "By class, distilled student" + (", first seed" if len(runs) > 1 else "")
     page = partial(
         distill_report,
         out,
@@ -223,8 +225,9 @@ def _prove(recipe: str, out: Path, images: Images, runs: list[dict[str, Run]]) -
         ),
         counts=counts(chosen.info, tables[0]["student_distilled"]),
         pictures=pictures,
-        tables=[class_rows(judged["student_distilled"][0], images.classes)],
+        tables=[replace(class_rows(judged["student_distilled"][0], images.classes), heading=by_class)],
         settings=settings(chosen.info),
+        teacher_settings=settings(first["teacher"].info),
         versions=chosen.info["versions"] | {"device": chosen.info["device"], "data": chosen.info["data"]["hash"][:12]},
         notices=[*chosen.info["notices"], *_doubts(first)],
     )
@@ -303,15 +306,17 @@ def _pictures(out: Path, images: Images, judged: dict[str, Scores], test: dict[s
     """The figures of the page, of the first seed where there are several."""
     home = out / "figures"
     classes = images.classes
+    seed = ", first seed" if "seeds" in test["gain"]["accuracy"] else ""
     figures.gain(test["gain"], home / "gain.png")
     shown = [Picture(home / "gain.png", "Distilled minus alone, on the same test images.")]
     figures.confusions({_TITLES[r]: confusion(s) for r, s in judged.items()}, classes, home / "confusion.png")
-    shown.append(Picture(home / "confusion.png", "Confusion matrices, test images."))
+    shown.append(Picture(home / "confusion.png", f"Confusion matrices, test images{seed}."))
     if len(classes) == 2:
         target = 1 if judged["teacher"].positive is None else judged["teacher"].positive
         curves = {_TITLES[r]: (*roc_curve(s, target), _first(test[r]["auroc"])) for r, s in judged.items()}
         figures.roc(curves, home / "roc.png")
-        shown.append(Picture(home / "roc.png", f"ROC for {classes[target]}, test images."))
+        of_all = "; AUROC over all seeds" if seed else ""
+        shown.append(Picture(home / "roc.png", f"ROC for {classes[target]}, test images{seed}{of_all}."))
     val = scores(table, classes, "val")
     temperature = calibrating(val)
     calm = tempered(judged["student_distilled"], temperature)
@@ -320,10 +325,14 @@ def _pictures(out: Path, images: Images, judged: dict[str, Scores], test: dict[s
         home / "reliability.png",
     )
     shown.append(
-        Picture(home / "reliability.png", "Calibration of the distilled student; temperature fitted on validation.")
+        Picture(
+            home / "reliability.png",
+            f"Calibration of the distilled student, test images{seed}; temperature fitted on validation.",
+        )
     )
     figures.gallery(*gallery_of(images, table), classes, home / "gallery.png")
-    shown.append(Picture(home / "gallery.png", "Distilled student: surest mistakes first, then images it had right."))
+    what = f"Distilled student{seed}: surest mistakes first, then images it had right."
+    shown.append(Picture(home / "gallery.png", what))
     return shown
 
 

@@ -23,8 +23,13 @@ def _of_teacher(shared: str, help_: str, default: Any) -> str:
     if shared:
         student = f"--{shared.replace('_', '-')} if given"
         return f"the teacher's (default: {student}{f', else {else_}' if else_ else ''})."
-    said = "" if not else_ or "(default:" in help_ else f" (default: {else_})"
-    return f"the teacher's; {help_.removesuffix('.')}{said}."
+    return f"the teacher's; {_with_default(help_, default)}"
+
+
+def _with_default(help_: str, default: Any) -> str:
+    """A help that says the default, where there is one and it does not say so already."""
+    said = "" if default in (None, ()) or "(default:" in help_ else f" (default: {default})"
+    return f"{help_.removesuffix('.')}{said}."
 
 
 def distill_command(name: str) -> Any:
@@ -94,6 +99,9 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
     from histill.distill import SHARED, distill, teacher_arguments
     from histill.experiment import load_recipe
 
+    if values.get("teacher") and (idle := [n for n in values if n.startswith("teacher_") and n not in student]):
+        named = ", ".join(f"--{n.replace('_', '-')}" for n in idle)
+        raise BadInput(f"{named}: of a teacher that is trained here; {values['teacher']} is trained already")
     given, values = values, filled(flags, values)
     out: Path = values.pop("out")
     for name_ in SHARED:  # what was given for the student holds for its teacher, unless --teacher-... says otherwise
@@ -131,8 +139,8 @@ def _transfer_command(name: str, module: Any) -> Any:
     del finetune["weights"]  # none, and the pretrained ones
     pretrain = signature_flags(module.pretrain, WORDS)
     own = {
-        f"pretrain_{n}": (t | None, None, f"of the pretraining: {h}")
-        for n, (t, _, h) in pretrain.items()
+        f"pretrain_{n}": (t | None, None, f"of the pretraining: {_with_default(h, default)}")
+        for n, (t, default, h) in pretrain.items()
         if n not in ("unlabelled", "teacher", "seed", *_PRETRAINED)
     }
     extra = {
