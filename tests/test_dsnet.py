@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from histill import cli
 from histill.data import Images
 from histill.data.views import NONE
 from histill.errors import BadInput
-from histill.models import DSNet
+from histill.models import DSNet, Timm
 from histill.recipes import dsnet
 from histill.recipes._start import start
 from histill.types import Batch, Outputs, total
@@ -148,8 +149,6 @@ def test_every_argument_is_described() -> None:
 
 
 def test_weights_that_cannot_be_had_are_said_aloud(capsys: Any, monkeypatch: Any) -> None:
-    from functools import partial
-
     from histill.errors import Failed
 
     class Unreachable(DSNet):
@@ -163,6 +162,12 @@ def test_weights_that_cannot_be_had_are_said_aloud(capsys: Any, monkeypatch: Any
     assert start(partial(Unreachable), "none").keywords == {"weights": None}
     assert start(partial(Unreachable), "imagenet").keywords == {"weights": "imagenet"}
     assert start(partial(Unreachable), "a.safetensors").keywords == {"weights": "a.safetensors"}
+
+
+def test_a_network_that_nobody_knows_is_not_begun_from_random_weights(capsys: Any) -> None:
+    with pytest.raises(BadInput, match="no network named 'dsnett'"):
+        start(partial(Timm, name="dsnett", classes=2), "auto")
+    assert capsys.readouterr().err == ""
 
 
 def test_teacher_and_student_train_from_the_command_line(data: Images, tmp_path: Path, capsys: Any) -> None:

@@ -347,3 +347,10 @@ def test_a_slide_stands_for_its_patient_where_none_is_named(tmp_path: Path) -> N
     rows = "a.png,x,,s1\nb.png,y,p2,s1\nc.png,x,,\nd.png,y,,s2\n"
     images = read_images(manifest(small(tmp_path), "path,label,patient,slide\n" + rows))
     assert images.frame["patient"].tolist() == ["s1", "p2", "", "s2"]
+
+
+def test_a_manifest_in_a_folder_that_is_given_is_not_passed_over_in_silence(folder: MakeFolder) -> None:
+    root = folder({"images": 2, "unlabelled": 2}, name="made")
+    assert read_images(root).notices == ()
+    (root / "manifest.csv").write_text("path,label\n")
+    assert [line for line in read_images(root).notices if f"{root / 'manifest.csv'} is not read" in line]

@@ -206,7 +206,7 @@ def read_images(source: str | Path, *, patient: str | None = None) -> Images:
     if patient is not None:
         frame["patient"] = patients_of(frame["path"], patient)
     _check_names(frame, source)
-    notices = []
+    notices = passed_over(source)
     if repeated := sorted(frame["path"][frame["path"].duplicated()].unique()):
         frame = frame.drop_duplicates(["path", "label", "split", "patient"]).reset_index(drop=True)
         if again := sorted(frame["path"][frame["path"].duplicated()].unique()):
@@ -231,6 +231,13 @@ def read_images(source: str | Path, *, patient: str | None = None) -> Images:
     images = Images(frame[list(COLUMNS)].reset_index(drop=True), root, classes, tuple(notices))
     check_leaks(images)
     return images
+
+
+def passed_over(source: Path) -> list[str]:
+    """A notice where a folder is given that holds the manifest of its images: its labels and patients are not read."""
+    table = source / "manifest.csv"
+    said = f"{table} is not read; give it in place of the folder for its labels, patients and splits"
+    return [said] if source.is_dir() and table.is_file() else []
 
 
 def read_unlabelled(folder: str | Path) -> Images:

@@ -22,6 +22,7 @@ from histill.data.images import (
     given_path,
     images_below,
     of_each,
+    passed_over,
     patients_of,
     read_manifest,
 )
@@ -105,7 +106,7 @@ def read_masks(
     if found == "classes" and highest == 1 and len(classes) < 3 and any(one.marked for one in seen):
         raise BadInput(f"{source}: the masks hold 0, 1 and 255; is 255 a class or unknown? Write 0 and 255, or name 3")
     names = _named(source, found, classes, highest)
-    notices = []
+    notices = passed_over(source)
     copies = frame[frame.duplicated(["content", "split"], keep=False)]
     if len(copies):
         notices.append(f"{len(copies)} files are copies of one another within a split: {few(copies['path'])}")

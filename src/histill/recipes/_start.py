@@ -34,6 +34,7 @@ def start(make: partial[nn.Module], weights: str) -> partial[nn.Module]:
     try:
         make(weights="imagenet")
     except (BadInput, Failed) as error:  # none are published, or they cannot be fetched
+        make(weights=None)  # a network that nobody knows is an error, whatever its weights
         notice(f"{str(error).rstrip('.')}. Training from random weights instead: expect less of this network")
         return partial(make, weights=None)
     return partial(make, weights="imagenet")
