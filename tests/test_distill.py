@@ -140,6 +140,9 @@ def test_several_seeds_have_a_folder_each_and_one_summary(data: Path, tmp_path: 
     page = (tmp_path / "out/report.html").read_text()
     for whose in ("By class, distilled student", "Settings of the distilled student", "Settings of the teacher"):
         assert f"{whose}, first seed</h2>" in page
+    alone = (tmp_path / "out/seed0/student_alone/run.json").read_text()
+    assert json.loads(alone)["recipe"]["arguments"]["weights"] == "auto"
+    assert "auto: none, random weights" in page
     name = json.loads((tmp_path / "out/seed0/teacher/run.json").read_text())["network"]["arguments"]["name"]
     assert f"{name} (" in page.partition("Settings of the teacher")[2]
 

@@ -50,7 +50,11 @@ def test_tables_share_their_rows_and_stand_beside_the_papers(tmp_path: Path) -> 
         assert shown in text, shown
     assert {run.info["recipe"]["arguments"]["period"] for run in runs.values()} == {2}
     assert "Nothing restarts within these epochs (--period 2)" in text
-    assert "label smoothing ends at 0.74" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "label smoothing ends at 0.74" in page
+    held = runs["alone"].info["data"]["images"]
+    assert f"images {held['train']} of train, {held['val']} of val, {held['test']} of test; " in page
+    assert f"Weights kept: {runs['alone'].info['selection']['rule']}." in page
     by_class = text.split("Table 6")[1].split("One class against")[0]
     assert "malignant" in by_class
     assert "benign" not in by_class

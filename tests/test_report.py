@@ -304,6 +304,8 @@ def test_run_report(tmp_path: Path) -> None:
     )
     assert f"The network is right on {share(got['accuracy'])} of the test images" in text
     assert "over 30 patients" in text
+    value, _, between = share(got["accuracy"]).rstrip(")").partition(" (")
+    assert f"Accuracy {value} 95 % interval {between}" in text
     text = text_of(run_report(tmp_path, {"val": got}, title="Teacher"))
     assert "of the validation images, on which it was chosen" in text
     with pytest.raises(BadInput, match="nothing to report"):

@@ -163,11 +163,11 @@ def training(log: pd.DataFrame, path: Path) -> None:
         loss.set_title("Loss, weighted" if len(terms) > 1 else "Loss")
         loss.legend()
         for number, name in enumerate(shares):
-            label = name.removeprefix("val/").replace("_", " ")
+            label = name.removeprefix("val/").replace("_", " ").replace("auroc", "AUROC")
             axes[1].plot(epochs, log[name], color=CYCLE[number % 6], label=label)
         if shares:
             axes[1].set_title("Validation")
-            axes[1].legend(loc="lower right")
+            axes[1].legend()
         axes[-1].plot(epochs, log["lr"], color=MUTED)
         axes[-1].set_title("Learning rate")
         axes[-1].set_ylim(bottom=0)

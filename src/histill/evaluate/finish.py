@@ -248,6 +248,8 @@ def heading(out: Path, info: dict[str, Any]) -> dict[str, str]:
 def settings(info: dict[str, Any]) -> dict[str, Any]:
     """What a page says of how a run was made."""
     arguments = {k: v for k, v in info["recipe"].get("arguments", {}).items() if k != "data"}
+    if arguments.get("weights") == "auto":
+        arguments["weights"] = f"auto: {info['network']['arguments'].get('weights') or 'none, random weights'}"
     selected = info["selection"]
     counted = f"epoch {selected.get('epoch')}, counted from 0, of {info['epochs_run']}"
     kept = f"{selected['rule']} ({counted})" if "epoch" in selected else ""

@@ -138,7 +138,7 @@ def run_report(
         "val": "of the validation images, on which it was chosen",
     }
     sections: list[Section] = [
-        Cards([_card(TITLES[name], shown(name, figures[name])) for name in keys]),
+        Cards([_card(TITLES[name], shown(name, figures[name]), "95 % interval ") for name in keys]),
         Table(
             ["", *metrics],
             rows,

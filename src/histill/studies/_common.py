@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from histill.data.images import Images
+from histill.data.images import SPLITS, Images
 from histill.errors import BadInput
 from histill.evaluate.intervals import Judged, figures_over_seeds, paired_gain
 from histill.evaluate.judge import scores_of
 from histill.evaluate.metrics import OWN_METRICS, Scores
 from histill.evaluate.multiplicity import comparisons
-from histill.evaluate.report import Section, Table, share, write_report
+from histill.evaluate.report import Section, Table, Text, share, write_report
 from histill.experiment import Experiment
 from histill.files import write_json
 from histill.loop import train
@@ -77,9 +77,31 @@ class Study:
     def finish(self, title: str, answer: str, sections: Sequence[Section], summary: dict[str, Any]) -> str:
         """Write ``summary.json`` and ``report.html``; returns the tables as text."""
         write_json(self.out / "summary.json", summary)
-        write_report(self.out / "report.html", title=title, answer=answer, sections=sections)
+        whole = [*sections, *self._of_what()]
+        write_report(self.out / "report.html", title=title, answer=answer, sections=whole)
         tables = [text(section) for section in sections if isinstance(section, Table)]
         return "\n\n".join([*tables, answer, f"report: {self.out / 'report.html'}"])
+
+    def _of_what(self) -> list[Section]:
+        """What every table of the page is of: images, patients, seeds, and how each run's epoch was chosen."""
+        lines: dict[str, str] = {}
+        infos = [run.info for runs in self.runs.values() for run in runs]
+        for data in (info["data"] for info in infos if info["data"]["images"].get("test")):
+            held = data["images"]
+            count = ", ".join(f"{held[split]:,} of {split}" for split in SPLITS if held.get(split))
+            people = f"{data['patients']:,} patients" if data.get("patients") else "no patients known"
+            name = Path(data["root"]).name
+            lines.setdefault(name, f"{name}, first split: images {count}; {people}.")
+        rules = sorted({info["selection"]["rule"] for info in infos if info.get("selection", {}).get("rule")})
+        if not lines:
+            return []
+        made = (
+            f"Intervals (95 %) are over patients, or images where none are known, and over the seeds where a row has "
+            f"several; here {len(self.seeds)}."
+        )
+        return [
+            Text([*lines.values(), made, *(f"Weights kept: {rule}." for rule in rules)], "Images, seeds, selection")
+        ]
 
 
 def given_teacher(path: Path, data: Images) -> Run:
