@@ -107,10 +107,24 @@ def test_published_settings(patches: Images) -> None:
     peaks = {m: max(range(100), key=e.schedule) for m, e in made.items()}
     assert peaks == {"barlow-twins": 10, "simclr": 10, "moco": 0, "mae": 5}
     assert made["barlow-twins"].schedule(100) == pytest.approx(0.001)
+    (group,) = made["moco"].optimizer(torch.nn.Linear(2, 2).parameters()).param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 1e-4)
+    group = made["mae"].optimizer(torch.nn.Linear(2, 2).parameters()).param_groups[0]
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0.05)
     bank = made["moco"].objective.loss.memory_bank.bank  # type: ignore[attr-defined]
     assert bank.shape == (8, 16), "half of 22 images in whole batches of 8"
     colours = {m: (e.augment.brightness, e.augment.saturation) for m, e in made.items()}
     assert colours == {"barlow-twins": (0.4, 0.2), "simclr": (0.8, 0.8), "moco": (0.4, 0.4), "mae": (0.0, 0.0)}
+
+
+def test_usi_trains_as_published(tmp_path: Path) -> None:
+    """Ridnik et al. 2022: AdamW at 2e-3 for 1024 images, weight decay 2e-2, 5 of 300 epochs up from a twentieth."""
+    made = baselines.supervised(table(tmp_path / "data", count=12, size=32), network="test_resnet", image_size=32)
+    groups = made.optimizer(torch.nn.Linear(2, 2).parameters()).param_groups
+    assert {group["lr"] * 1024 / 64 for group in groups} == {2e-3}
+    assert max(group["weight_decay"] for group in groups) == 2e-2
+    assert (made.epochs, max(range(300), key=made.schedule)) == (300, 5)
+    assert (made.schedule(0), made.schedule(300)) == pytest.approx((0.05, 5e-4))
 
 
 @pytest.mark.parametrize(

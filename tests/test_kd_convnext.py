@@ -198,6 +198,10 @@ def test_the_defaults_are_the_papers(data: Images) -> None:
         assert one.schedule(50.5) < 0.5
     learned = inspect.signature(kd_convnext.student).parameters
     assert (learned["alpha"].default, learned["beta"].default) == (0.5, 1.0)
+    assert (learned["gamma"].default, learned["temperature"].default) == (2.0, 4.0)
+    assert not learned["normalized"].default
+    assert not learned["t_squared"].default
+    assert (made.augment.zoom, made.augment.shift) == (0.1, 0.1)
 
 
 def test_alone_and_distilled_differ_in_the_teacher_alone(data: Images) -> None:

@@ -20,6 +20,7 @@ import histill as hs
 from histill.data import Images, pack
 from histill.errors import BadInput, Failed
 from histill.experiment import Experiment
+from histill.learner import Average
 from histill.run import Run
 from histill.schedules import cosine, steps, warmup
 from histill.types import Batch, Outputs, Terms
@@ -186,6 +187,47 @@ class Projected(nn.Module):
             "hard": (1.0, F.cross_entropy(student["logits"], batch.labels)),
             "hint": (1.0, F.mse_loss(self.project(student["pooled"]), teacher["logits"])),
         }
+
+
+class Still(Normed):
+    """Comes in evaluation mode, as a network does whose maker has tried it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval()
+
+
+def test_a_network_trains_in_training_mode_in_every_epoch(data: Images, tmp_path: Path) -> None:
+    run = hs.train(experiment(data, student=partial(Still), epochs=3), tmp_path / "run")
+    assert weights(run)["norm.num_batches_tracked"] == 3 * 3  # 24 images in batches of 8
+
+
+def test_an_average_follows_a_batch_norms_count() -> None:
+    student = Normed().train()
+    average = Average(student, 0.9, torch.device("cpu"))
+    for step in range(4):
+        student(torch.rand(4, 3, SIZE, SIZE))
+        average.update(student, step)
+    assert average.network.state_dict()["norm.num_batches_tracked"] == 4
+
+
+SHOWN: list[list[int]] = []
+
+
+def remembering(student: Outputs, teacher: Outputs, batch: Batch) -> Terms:
+    SHOWN.append(batch.ids.tolist())
+    return hard(student, teacher, batch)
+
+
+def test_every_epoch_shows_every_image_once_in_an_order_of_its_own(data: Images, tmp_path: Path) -> None:
+    orders = []
+    for seed in (0, 1):
+        SHOWN.clear()
+        hs.train(experiment(data, objective=remembering, epochs=3, seed=seed), tmp_path / str(seed))
+        assert [len(part) for part in SHOWN] == 9 * [8]
+        orders += [[one for part in SHOWN[epoch : epoch + 3] for one in part] for epoch in (0, 3, 6)]
+    assert all(sorted(order) == sorted(data.rows("train")) for order in orders)
+    assert len({tuple(order) for order in orders}) == 6
 
 
 # Which epoch is kept

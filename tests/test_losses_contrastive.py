@@ -86,6 +86,19 @@ def test_the_banks_move_in_training_and_only_then(memory: CRDMemory) -> None:
     assert torch.equal(memory.memory_student[rest], before[rest])
 
 
+def test_momentum_is_the_share_that_stays_and_banks_begin_at_about_unit_length() -> None:
+    memory = CRDMemory(5, 6, images=400, width=32, negatives=7, momentum=0.9).double()
+    for bank in (memory.memory_student, memory.memory_teacher):
+        assert float(bank.square().sum(1).mean()) == pytest.approx(1, abs=0.05)
+    student, teacher, index = features(3, 5), features(3, 6, seed=1), torch.tensor([4, 0, 8])
+    before = memory.memory_teacher.clone()
+    memory(student, teacher, index)
+    v = memory.embed_teacher(teacher)
+    moved = 0.9 * before[index] + 0.1 * v / v.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(memory.memory_teacher[index], moved / moved.norm(dim=1, keepdim=True))
+    assert CRDMemory(2, 2, images=3).negatives == 16384  # as published
+
+
 def test_the_normalizer_is_set_once_and_saved(memory: CRDMemory) -> None:
     memory(features(3, 5), features(3, 6, seed=1), torch.tensor([4, 0, 8]))
     first = memory.normalizer.clone()

@@ -196,6 +196,63 @@ def test_evaluation_looks_at_the_mean_crop_and_training_at_a_drawn_one() -> None
         MACResNet(3, threshold=1.0)
 
 
+# The parts
+
+
+@torch.no_grad()
+def test_bilinear_pooling_is_signed_roots_of_products_of_unit_length() -> None:
+    features, attention = torch.randn(2, 3, 2, 2), torch.rand(2, 4, 2, 2)
+    for image, found in enumerate(network.bilinear_attention_pooling(features, attention)):
+        f = [float((a * x).mean()) for a in attention[image] for x in features[image]]
+        roots = torch.tensor([math.copysign(math.sqrt(abs(value) + 1e-6), value) for value in f])
+        torch.testing.assert_close(found, roots / roots.square().sum().sqrt(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_outer_residual_gates_the_sum_of_the_deep_and_the_middle_layer() -> None:
+    block = network.OuterResidual(4, 3, 1).eval()
+    first, middle, last = torch.randn(2, 4, 6, 6), torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6)
+    both = middle + last
+    for number, seen in enumerate((both.mean(1, keepdim=True), both.amax(1, keepdim=True))):
+        torch.nn.init.zeros_(block.spatial.weight)
+        block.spatial.weight[0, number, 3, 3] = 1
+        expected = (both / (1 + (-seen).exp()) + block.shortcut(first)).clamp(min=0)
+        torch.testing.assert_close(block(first, middle, last), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_pyramid_takes_the_largest_of_1_of_4_and_of_16_places() -> None:
+    pyramid, x = network.SpatialPyramid(3, 2, width=5).eval(), torch.randn(2, 3, 8, 8)
+    reduced, bins = pyramid.reduce(x), []
+    for side in (1, 2, 4):
+        cells = reduced.unflatten(3, (side, -1)).unflatten(2, (side, -1))  # (B, 5, side, 8 / side, side, 8 / side)
+        bins.append(cells.amax((3, 5)).flatten(1))
+    torch.testing.assert_close(pyramid(x), pyramid.fc(torch.cat(bins, 1)))
+
+
+@torch.no_grad()
+def test_logits_are_of_the_attention_a_hundredfold_and_of_the_pyramid_and_the_mean_of_two_looks() -> None:
+    whole = MACResNet(2).eval()
+    said = whole(torch.rand(2, 3, 64, 64))
+    pooled = network.bilinear_attention_pooling(said["layer4"], said["attention"])
+    assert whole.spp is not None
+    torch.testing.assert_close(said["raw_logits"], whole.fc(100 * pooled) + whole.spp(said["layer4"]))
+    torch.testing.assert_close(said["logits"], (said["raw_logits"] + said["crop_logits"]) / 2)
+
+
+@torch.no_grad()
+def test_the_middle_layer_is_that_of_the_middle_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "_STAGES", SMALL | {"layer2": (8, 4, 2), "layer4": (8, 3, 2)})
+    whole = MACResNet(2, crop=False).eval()
+    for name, ci, middle in (("layer2", 32, 2), ("layer4", 32, 2)):  # of four blocks and of three
+        x, states = torch.randn(1, ci, 8, 8), []
+        state = x
+        for block in whole.get_submodule(name).children():
+            states.append(state := block(state))
+        expected = whole.outer[name](x, states[middle - 1], states[-1])
+        torch.testing.assert_close(whole._stage(name, x), expected)
+
+
 # The recipe
 
 
@@ -236,6 +293,11 @@ def test_what_is_kept_of_the_teacher_follows_from_the_crops_term(data: Images) -
         made = mac_resnet.student(data, Counting(), network="test_resnet", weights="none", crop_term=term)  # type: ignore[arg-type]
         assert made.cache_outputs == kept
         assert (made.inputs is not None) == (term == "student")
+        objective: Any = made.objective
+        criterion = objective.keywords["loss"].keywords
+        given = (objective.keywords["alpha"], objective.keywords["temperature"], criterion["alpha"], criterion["gamma"])
+        assert given == (0.5, 4.0, 0.25, 2.0)
+        assert (made.augment.subset, made.augment.edges) == (0.5, 0.1)
     assert mac_resnet.student(data, weights="none", augment="none").augment == NONE
     assert mac_resnet.student(data, weights="none", unlabelled=data).unlabelled is None
     assert mac_resnet.student(data, network="test_resnet", weights="none").student.func is Timm

@@ -119,7 +119,9 @@ def test_the_defaults_are_the_papers(data: Images) -> None:
     scaled = multi_exit.student(data, weights="none", epochs=18)
     assert [round(scaled.schedule(e), 6) for e in (0.5, 9.9, 10, 14.9, 15)] == [1, 1, 0.1, 0.1, 0.01]
     assert made.objective.keywords == SETTINGS | {"method": "self-distillation"}  # type: ignore[attr-defined]
-    assert multi_exit.teacher(data, weights="none").student.keywords["name"] == "resnest50d"
+    taught = multi_exit.teacher(data, weights="none")
+    assert taught.student.keywords["name"] == "resnest50d"
+    assert taught.optimizer.keywords["lr"] == 1e-2  # type: ignore[attr-defined]
 
 
 def test_alone_and_distilled_differ_in_the_teacher_alone(data: Images) -> None:

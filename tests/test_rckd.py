@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from functools import partial
 from pathlib import Path
@@ -69,12 +70,33 @@ def test_windows_are_the_images_own_pixels_with_their_masks_and_patients(tmp_pat
     cut = windows(read_masks(tmp_path), 48)
     assert len(cut) == 2
     assert cut.frame["patient"].nunique() == 1
+    assert (cut.frame["patient"] != "").all(), "or the windows of one image could lie in two splits"
     batch = pack(cut, 48).batch(np.arange(2))
     assert batch.masks is not None
     assert torch.equal(batch.masks[1, :40], torch.from_numpy(mask[:, 24:72].astype(np.int64)))
     assert (batch.masks[1, 40:] == -1).all()  # the picture is mirrored there, and a nucleus would be two
     assert torch.equal(batch.images[1, :, 40:], batch.images[1, :, 32:40].flip(1))
     assert torch.allclose(batch.images[0, :, :40], torch.from_numpy(picture[:, :48]).permute(2, 0, 1) / 255)
+
+
+def test_windows_of_classes_keep_what_is_marked_and_what_nobody_knows(tmp_path: Path) -> None:
+    picture, mask = np.full((8, 24, 3), 200, np.uint8), np.zeros((8, 24), np.uint8)
+    picture[:, 16:] = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    mask[2, 3], mask[5, 18] = 2, 255  # of three classes 255 is unknown
+    for name, pixels in (("images", picture), ("masks", mask)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "a.png")
+    images = read_masks(tmp_path)
+    cut = windows(images, 8)
+    assert len(cut) == 2, "of one colour are the first, which is marked, and the second, which is left out"
+    masks = pack(cut, 8).batch(np.arange(2)).masks
+    assert masks is not None
+    assert [masks[row].nonzero().tolist() for row in (0, 1)] == [[[2, 3]], [[5, 2]]]
+    assert (int(masks[0, 2, 3]), int(masks[1, 5, 2])) == (2, -1)
+    dense = pack(windows(images, 8, stride=4), 8)
+    shown = [dense.batch(np.array([row])).images[0] * 255 for row in range(3)]
+    assert len(dense.images) == 3, "from 0, 12 and 16"
+    assert torch.equal(shown[1].round().byte(), torch.from_numpy(picture[:, 12:20].copy()).permute(2, 0, 1))
 
 
 def test_blank_windows_are_no_leak(tmp_path: Path) -> None:
@@ -171,6 +193,33 @@ def test_a_teacher_that_outlines_the_truth_counts_every_nucleus(tissue: Path) ->
     drawn, truth = torch.from_numpy(said > 0), batch.masks > 0
     iou = (drawn & truth).sum() / (drawn | truth).sum()
     assert iou > 0.8
+
+
+def test_the_defaults_are_the_papers(tissue: Path, segmenter: Path, tmp_path: Path) -> None:
+    taken = {name: one.default for name, one in inspect.signature(rckd.pretrain).parameters.items()}
+    expected = {"image_size": 512, "epochs": 100, "batch_size": 64, "warm": 10, "pseudo": "prob", "threshold": 0.5}
+    expected |= {"teacher_scale": 2, "sample": 400_000, "dark": 50, "light": 245, "optimizer": "lars"}
+    assert {name: taken[name] for name in expected} == expected
+    small: dict[str, Any] = {"network": "test_resnet", "image_size": 64, "teacher_scale": 1.0}
+    first = rckd.pretrain(read_unlabelled(tissue / "images"), hs.Run.open(segmenter), **small)
+    layer = torch.nn.Linear(2, 2)
+    # Barlow Twins' rates, 0.2 and 0.0048 for 256 images, of 64; ten epochs up, then down to a thousandth.
+    assert [group["lr"] for group in first.optimizer(layer.parameters()).param_groups] == pytest.approx([0.05, 0.0012])
+    assert max(range(101), key=first.schedule) == 10
+    assert first.schedule(100) == pytest.approx(0.001)
+
+    fine = rckd.finetune(table(tmp_path / "labels"))
+    assert (fine.image_size, fine.epochs, fine.batch_size, fine.patience, fine.select) == (384, 200, 64, 20, "loss")
+    (group,) = fine.optimizer(layer.parameters()).param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (1e-4, 0.9, 0)
+    assert {fine.schedule(epoch) for epoch in range(200)} == {1.0}
+    objective: Any = fine.objective
+    assert (objective.keywords["alpha"], objective.keywords["gamma"]) == (0.25, 2.0)
+    assert rckd.finetune(table(tmp_path / "labels"), select="last").patience is None, "nothing to wait for"
+
+    taught = rckd.teacher(split(read_masks(tissue / "manifest.csv", kind="instances"), val=0.25, test=0.25), epochs=4)
+    assert (taught.image_size, taught.batch_size, taught.clip) == (256, 4, 10.0)
+    assert taught.optimizer(layer.parameters()).param_groups[0]["lr"] == 3e-4
 
 
 def test_the_student_learns_eq_3(tissue: Path) -> None:

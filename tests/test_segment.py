@@ -83,6 +83,20 @@ def test_the_mask_may_lie_in_a_file(tmp_path: Path) -> None:
     assert np.array_equal(found.labels, expected)
 
 
+def test_a_tile_lies_where_its_corner_is_nearest() -> None:
+    table = pd.DataFrame({"x": [13], "y": [14], "prob_none": 0.0, "prob_a": 1.0, "prob_b": 0.0})
+    grid: Any = SimpleNamespace(
+        tile=8,
+        plan=lambda slide: SimpleNamespace(l0_span=12.0),  # a pixel of the mask is 1.5 of the slide's
+        read=lambda slide, x, y: np.full((8, 8, 3), 255, np.uint8),
+    )
+    slide: Any = SimpleNamespace(dimensions=(50, 61), require_mpp=lambda: 0.5)
+    found = segment(slide, table, grid, {"a": Says("a")}, classes=CLASSES)
+    expected = np.zeros((41, 34), np.uint8)  # as many as reach the slide's end
+    expected[9:17, 9:17] = 2  # 13 and 14 are 8.67 and 9.33
+    assert np.array_equal(found.labels, expected)
+
+
 class Looks(nn.Module):
     def forward(self, images: Tensor) -> Outputs:
         attention = torch.zeros(len(images), 2, 4, 4)

@@ -17,7 +17,7 @@ from slide_files import Places, slide_of
 from histill.data.phantom import write_slide
 from histill.errors import BadInput
 from histill.slides import Tissue, find_tissue, open_slide
-from histill.slides.tissue import _dilated, _without_small, tissue_mask, tissue_picture
+from histill.slides.tissue import _dilated, _even, _ink, _without_small, tissue_mask, tissue_picture
 
 UM = 10.0
 GLASS = np.array([243.0, 241.0, 244.0])
@@ -74,6 +74,25 @@ def test_ink_is_no_tissue_on_glass_or_on_tissue(ink: str, seed: int) -> None:
     far = ~ndimage.binary_dilation(amount > 0.05, iterations=8)
     assert mask[where & far].mean() > 0.97
     assert (~mask)[far & ~ndimage.binary_dilation(where, iterations=4)].all()
+
+
+def test_even_is_where_the_density_varies_by_less_than_a_fifth() -> None:
+    board = np.where(np.indices((20, 20)).sum(0) % 2, 1.0, -1.0).astype(np.float32)
+    assert _even(0.5 + 0.5 * 0.19 * board).all()
+    assert not _even(0.5 + 0.5 * 0.22 * board).any()
+    point = np.ones((20, 20), np.float32)
+    point[10, 10] = 3  # seen from two pixels away
+    assert np.argwhere(~_even(point)).tolist() == [[y, x] for y in range(8, 13) for x in range(8, 13)]
+
+
+@pytest.mark.parametrize("colour", [(0.5, 0.43, 0.3), (0.5, 0.5, 0.5)], ids=["bluish", "grey"])
+def test_faint_ink_is_told_from_stain_by_its_evenness(colour: tuple[float, float, float]) -> None:
+    board = np.where(np.indices((96, 96)).sum(0) % 2, 1.3, 0.7).astype(np.float32)
+    for grains, expected in ((np.ones_like(board), True), (board, False)):
+        density = np.zeros((3, 160, 160), np.float32)
+        density[:, 32:128, 32:128] = np.array(colour, np.float32)[:, None, None] * grains
+        assert _ink(density, UM)[64:96, 64:96].all() == expected
+        assert _ink(density, UM)[64:96, 64:96].any() == expected
 
 
 def test_a_lymph_follicle_is_tissue() -> None:

@@ -211,6 +211,13 @@ def test_a_turned_picture_is_mirrored_beyond_its_border_and_not_black() -> None:
     assert views_of(white, torch.arange(64), Augment(rotate=180, zoom=0.5, shift=0.3)).min() > 0.9999
 
 
+def test_moved_without_rotation_it_is_what_torch_resamples_and_mirrors() -> None:
+    pixels, views = noise(1, 20), torch.arange(40)
+    kind = {"zoom": 0.4, "shift": 0.3}
+    apart = views_of(pixels, views, Augment(**kind)) - views_of(pixels, views, Augment(**kind, rotate=1e-4))
+    assert apart.abs().max() < 1e-3
+
+
 def test_the_same_view_at_another_size_shows_the_same() -> None:
     views = torch.arange(24)
     for augment in (Augment(rotate=180, zoom=0.2), EVERYTHING):
