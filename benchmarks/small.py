@@ -1,6 +1,6 @@
 """Small students are launch-bound: how near the loop comes to the bare arithmetic of networks that take milliseconds.
 
-    python benchmarks/small.py [--small]
+    python benchmarks/small.py [--device cuda] [--small]
 
 Steps per second of `histill.train` (views that flip, a cached teacher, cross-entropy and KD, Adam, every check that
 training makes) beside a plain PyTorch loop that has images, labels and the teacher's logits as tensors, flips and
@@ -10,7 +10,8 @@ rounds are shown.
 
 Also: what each part of our step costs by itself; the compiled step (`torch.compile` of student, loss and optimiser);
 several students over one pass of the teacher; and four seeds of one network as one network with stacked weights
-(`torch.vmap`). CUDA graphs are not here: they were not tried on a GPU. Writes benchmarks/results/small.json and .txt.
+(`torch.vmap`). Writes benchmarks/results/small.json and .txt. With ``--device cuda`` the first table alone, all tensors
+of the plain loop lying there, to small-cuda.json and .txt; that was not run, as there was no such device.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch.nn import functional as F
 
 import histill as hs
 import histill.evaluate.finish
+from histill.accelerator import Tally
 from histill.data import Augment, Images, pack, read_images
 from histill.experiment import Experiment
 from histill.loop import _mixed, kept_teacher
@@ -65,11 +67,11 @@ def experiment(data: Images, network: str, teacher: Frozen, **changes: Any) -> E
     return Experiment(**kind | {"optimizer": partial(torch.optim.Adam, lr=1e-3)} | changes)
 
 
-def ours(data: Images, network: str, batch: int, teacher: Frozen, scratch: Path) -> float:
+def ours(data: Images, network: str, batch: int, teacher: Frozen, scratch: Path, device: str) -> float:
     """Steps per second of the second epoch, as the log has them."""
     with tempfile.TemporaryDirectory(dir=scratch) as out:
         made = experiment(data, network, teacher, batch_size=batch)
-        run = hs.train(made, Path(out) / "run", device="cpu", precision="32-true")
+        run = hs.train(made, Path(out) / "run", device=device, precision="32-true")
         return float(run.log["images_per_second"].iloc[-1]) / batch
 
 
@@ -109,26 +111,32 @@ def plain(step: Step, held: tuple[Tensor, Tensor, Tensor], batch: int, steps: in
     """Steps per second."""
     images, labels, said = held
     start = time.perf_counter()
-    order = torch.randperm(len(images))
+    order = torch.randperm(len(images), device=images.device)
     for number in range(steps):
         rows = order[number * batch : (number + 1) * batch]
         shown = images[rows].float().div_(255)
         for dim in (2, 3):
-            shown = torch.where((torch.rand(len(rows)) < 0.5)[:, None, None, None], shown.flip(dim), shown)
+            flipped = (torch.rand(len(rows), device=images.device) < 0.5)[:, None, None, None]
+            shown = torch.where(flipped, shown.flip(dim), shown)
         step(shown.contiguous(memory_format=torch.channels_last), labels[rows], said[rows])
+    if images.is_cuda:
+        torch.cuda.synchronize()
     return steps / (time.perf_counter() - start)
 
 
-def side_by_side(data: dict[int, Images], teacher: Frozen, scratch: Path, rounds: int) -> list[dict[str, Any]]:
+def side_by_side(
+    data: dict[int, Images], teacher: Frozen, scratch: Path, rounds: int, device: str
+) -> list[dict[str, Any]]:
     rows = []
     for (network, batch), steps in STEPS.items():
         table = data[batch * steps]
-        step, held = plain_step(NETWORKS[network]()), tensors(table, "train", teacher)
+        step, (images, labels, said) = plain_step(NETWORKS[network]().to(device)), tensors(table, "train", teacher)
+        held = images.to(device), labels.to(device), said.to(device)
         plain(step, held, batch, steps)
         pairs = []
         for number in range(rounds):
             turns = [
-                lambda: ours(table, network, batch, teacher, scratch),  # noqa: B023
+                lambda: ours(table, network, batch, teacher, scratch, device),  # noqa: B023
                 lambda: plain(step, held, batch, steps),  # noqa: B023
             ]
             first = number % 2
@@ -167,14 +175,19 @@ def parts_of_a_step(data: Images, teacher: Frozen, batch: int, times: int) -> di
     cached: Any = kept_teacher(made, packed, torch.device("cpu"))
     shown = drawn()
     cached(shown)
-    buffers, losses = Buffers(NETWORKS["wrn_16_1"]()), [torch.rand(()) for _ in range(2)]
+    buffers, losses, tally = Buffers(NETWORKS["wrn_16_1"]()), [torch.rand(()) for _ in range(2)], Tally()
+
+    def looked_at() -> None:
+        tally.add("a step", batch, ["hard", "soft"], torch.stack(losses))
+        tally.read({})
+
     return {
         "views": timed(drawn, times),
         "of these pixels to float": timed(lambda: torch.from_numpy(packed.pixels[rows]).float().div(255), times),
         "teacher's cache": timed(lambda: cached(shown), times),
         "seeding": timed(lambda: torch.manual_seed(_mixed(0, 1, 2, 3)), times),
         "keeping batch norm": timed(buffers.keep, times),
-        "looking at the losses": timed(lambda: [float(loss) for loss in losses], times),
+        "looking at the losses": timed(looked_at, times),
     }
 
 
@@ -270,8 +283,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="see that everything runs; writes nothing")
     parser.add_argument("--part", choices=("all", "steps", "rest"), default="all", help="steps: the first table alone")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
-    small, rounds, part = arguments.small, 2 if arguments.small else 3, arguments.part
+    small, rounds, part, device = arguments.small, 2 if arguments.small else 3, arguments.part, arguments.device
     if small:
         STEPS.update(dict.fromkeys(STEPS, 3))
     torch.set_num_threads(1)
@@ -290,24 +304,24 @@ def main() -> None:
         teacher = Frozen(Cifar("resnet32x4", classes=CLASSES))
         found: dict[str, Any] = {}
         if part != "rest":
-            found["side_by_side"] = side_by_side(data, teacher, scratch, rounds)
-        if part == "steps":
-            return end(found, small)
+            found["side_by_side"] = side_by_side(data, teacher, scratch, rounds, device)
+        if part == "steps" or device != "cpu":
+            return end(found, small, device)
         some, times = data[640], 20 if small else 200
         found["parts"] = {batch: parts_of_a_step(some, teacher, batch, times) for batch in (8, 64)}
         cases = [("DSNet", 8, 40), ("wrn_16_1", 8, 30)][: 1 if small else 2]
         found["compiled"] = [compiled(some, teacher, *case, rounds) for case in cases]
         found["one_pass"] = over_one_pass(data[8 * STEPS["DSNet", 8]] if small else some, teacher, scratch)
         found["stacked"] = [stacked(some, teacher, batch, 3 if small else 9, rounds) for batch in (8, 64)]
-    return end(found, small)
+    return end(found, small, device)
 
 
-def end(found: dict[str, Any], small: bool) -> None:
+def end(found: dict[str, Any], small: bool, device: str) -> None:
     """Print what was found; keep it beside the other part's."""
     if small:
         print(text_of(found), end="")
         return
-    out = RESULTS / "small.json"
+    out = RESULTS / ("small.json" if device == "cpu" else f"small-{device}.json")
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     more = {"command": "python benchmarks/small.py", "machine": machine, "torch": torch.__version__}
     found = beside(out, found)
