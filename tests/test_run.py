@@ -22,9 +22,10 @@ from torch import Tensor
 
 import histill as hs
 from histill.data import Images, pack
+from histill.data.decode import load
 from histill.deploy import TorchPredictor
 from histill.errors import BadInput
-from histill.evaluate.finish import finish
+from histill.evaluate.finish import finish, gallery_of, scores
 from histill.experiment import load_file as load_code
 from histill.models import DSNet
 from histill.recipes import dsnet
@@ -97,6 +98,46 @@ def test_figures_lie_in_their_intervals(run: Run) -> None:
             figure = run.metrics[split][name]
             assert figure["low"] <= figure["value"] <= figure["high"], name
     assert run.metrics["temperature"] > 0
+
+
+def test_the_temperature_is_that_of_validation_and_calibrates_the_test_images(run: Run, tmp_path: Path) -> None:
+    """Sure to 9/10 and right in 3/4 of validation: ``ln 9 / ln 3 = 2``, and 9/10 becomes 3/4."""
+    shutil.copytree(run.path, tmp_path / "run")
+    said = pd.read_parquet(tmp_path / "run" / "predictions.parquet")
+    for (split, label), rows in said.groupby(["split", "label"]).groups.items():
+        right = np.arange(len(rows)) > 0 if split == "val" else np.ones(len(rows), bool)  # one of four is wrong
+        said.loc[rows, f"prob_{label}"] = np.where(right, 0.9, 0.1)
+        other = "benign" if label == "malignant" else "malignant"
+        said.loc[rows, f"prob_{other}"] = np.where(right, 0.1, 0.9)
+    said.to_parquet(tmp_path / "run" / "predictions.parquet", index=False)
+    finish(tmp_path / "run", run.info)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["val"]["accuracy"]["value"] == 0.75
+    assert metrics["temperature"] == pytest.approx(2, rel=1e-3)
+    assert metrics["test"]["ece"]["value"] == pytest.approx(0.1)  # all are right
+    assert metrics["test"]["ece_calibrated"]["value"] == pytest.approx(0.25, abs=1e-3)
+
+
+def test_an_image_without_a_patient_is_one_of_its_own() -> None:
+    table = pd.DataFrame({"image": ["a", "b", "c"], "patient": ["p", "", "p"], "label": ["x", "y", "y"]})
+    found = scores(table.assign(prob_x=[0.9, 0.2, 0.4], prob_y=[0.1, 0.8, 0.6]), ("x", "y"))
+    assert found.units.tolist() == ["p", "b", "p"]
+
+
+def test_a_gallery_has_the_surest_mistakes_first_and_then_what_was_right(data: Images) -> None:
+    frame = data.frame[data.frame["split"] == "test"].reset_index(drop=True)
+    sure, wrong = np.array([0.55, 0.95, 0.6, 0.9, 0.7, 0.8, 0.85, 0.65]), [0, 1, 4]
+    benign = (frame["label"] == "benign").to_numpy(copy=True)
+    benign[wrong] = ~benign[wrong]
+    said = pd.DataFrame({"image": frame["path"], "split": "test", "label": frame["label"]})
+    said = said.assign(prob_benign=np.where(benign, sure, 1 - sure), prob_malignant=np.where(benign, 1 - sure, sure))
+    more = said.iloc[:1].assign(split="val", prob_benign=0.0, prob_malignant=1.0)
+    pictures, labels, p = gallery_of(data, pd.concat([more, said]), most=4)
+    shown = [1, 4, 2, 7]  # two mistakes at most, and of the five others the first and the last
+    np.testing.assert_allclose(p.max(1), sure[shown])
+    assert [data.classes[number] for number in labels] == frame["label"][shown].tolist()
+    for picture, row in zip(pictures, shown, strict=True):
+        assert np.array_equal(picture, load(data.root / frame["path"][row], 160).transpose(1, 2, 0))
 
 
 def test_a_confidence_that_says_nothing_is_said(run: Run, tmp_path: Path) -> None:
