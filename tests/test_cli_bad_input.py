@@ -454,6 +454,12 @@ def test_help_says_what_the_pretraining_gets_where_nothing_is_given(capsys: pyte
     assert "(default: ())" not in said
 
 
+def test_what_one_recipe_began_is_not_gone_on_with_by_another(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "distill.json").write_text('{"recipe": "dsnet", "arguments": {}}')
+    (tmp_path / "summary.json").write_text("{}")
+    assert "is of dsnet, not of multi-exit" in refused(["distill", "multi-exit", "--out", tmp_path, "--resume"])
+
+
 def test_flags_of_a_teacher_that_is_given_are_refused(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     flags = ["--data", tmp_path, "--out", tmp_path / "out", "--teacher", tmp_path / "t", "--teacher-lr", "0.1"]
     line = refused(["distill", "dsnet", *flags])

@@ -72,10 +72,12 @@ def distill_command(name: str) -> Any:
     return command_of(doc, flags, lambda values: _distill(name, list(student), list(teacher), flags, values))
 
 
-def _begun(out: Path, given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def _begun(recipe: str, out: Path, given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """The arguments with which ``out`` is begun or gone on with, its patches cut; empty where it is finished."""
     if values["resume"]:
         recorded = read_record(out, "distill.json")
+        if recorded["recipe"] != recipe:
+            raise BadInput(f"{out} is of {recorded['recipe']}, not of {recipe}; histill distill --resume --out {out}")
         if (out / "summary.json").is_file():
             say(f"{out} is finished; nothing to do")
             return {}
@@ -107,7 +109,7 @@ def _distill(name: str, student: list[str], teacher: list[str], flags: Any, valu
     for name_ in SHARED:  # what was given for the student holds for its teacher, unless --teacher-... says otherwise
         if name_ in given and values.get(f"teacher_{name_}", ...) is None:
             values[f"teacher_{name_}"] = given[name_]
-    if not (values := _begun(out, given, values)):
+    if not (values := _begun(name, out, given, values)):
         return
     if values["data"] is None:
         raise BadInput(LACKING["data"])
@@ -162,7 +164,7 @@ def _transfer(name: str, finetune: list[str], module: Any, flags: Any, values: d
 
     given, values = values, filled(flags, values)
     out: Path = values.pop("out")
-    if not (values := _begun(out, given, values)):
+    if not (values := _begun(name, out, given, values)):
         return
     if values["slides"] and values["masks"] and values["unlabelled"] is None:
         values["unlabelled"] = cut_unlabelled(out, values)
