@@ -104,6 +104,8 @@ def test_an_auroc_knows_no_more_than_the_fewer_of_both_kinds() -> None:
     one = Scores(labels, np.stack([1 - p, p], 1), units, positive=1)
     got = figures_with_intervals(one, resamples=200)["auroc"]
     assert got == {"value": pytest.approx(0.904), "low": None, "high": None}
+    unnamed = Scores(labels, np.stack([1 - p, p], 1), units)
+    assert figures_with_intervals(unnamed, resamples=200)["auroc"] == got, "whichever class is the positive one"
     better = Scores(labels, np.eye(2)[labels], units, positive=1)
     assert paired_gain(one, better, resamples=200)["auroc"]["p"] is None
     for rows in (per_class_table(better, resamples=200), per_class_table(one, resamples=200)):

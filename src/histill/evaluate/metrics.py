@@ -126,6 +126,8 @@ class Scores:
         everyone = len(self.unit_names)
         if name in ("accuracy", "agreement"):
             return everyone
+        if name == "auroc" and len(self.present) == 2:  # the same number whichever class is the positive one
+            return min(units(self.labels == c) for c in self.present)
         if target is None or name in ("balanced_accuracy", "macro_f1"):
             return min(everyone, len(self.present) * min(units(self.labels == c) for c in self.present))
         if name == "specificity":
