@@ -28,7 +28,8 @@ VERBS = ("train", "distill")
 def command(verb: str, out: Path | str, **flags: object) -> list[str]:
     """``histill train dsnet.student`` or ``histill distill dsnet`` on as little as there is."""
     given = {f"--{name.replace('_', '-')}": str(value) for name, value in flags.items()}
-    chosen = SMALL | (TEACHER if verb == "distill" else {}) | {"--out": str(out)} | given
+    trained = verb == "distill" and "teacher" not in flags  # with flags of its own, which a given one has no use for
+    chosen = SMALL | (TEACHER if trained else {}) | {"--out": str(out)} | given
     return [verb, "dsnet.student" if verb == "train" else "dsnet", *(t for flag in chosen.items() for t in flag)]
 
 

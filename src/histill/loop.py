@@ -368,7 +368,7 @@ def _better(experiment: Experiment, state: State, row: dict[str, float]) -> bool
         value = row[f"val/{experiment.select}"]
     if math.isnan(value):  # a figure that the validation images cannot give
         value = -math.inf
-    better = (value, -loss) > (state.best, -state.best_loss)
+    better = state.best_epoch < 0 or (value, -loss) > (state.best, -state.best_loss)  # something is always kept
     if better:
         state.best, state.best_loss, state.best_epoch = value, loss, state.epoch
     return better
