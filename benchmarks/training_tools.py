@@ -83,7 +83,7 @@ def torchdistill(job: dict[str, Any]) -> Epochs:
         file.write_text(
             CONFIG.format(
                 folder=folder,
-                teacher=job["teacher"],
+                teacher={"vit_large": "vit_l_16"}.get(job["teacher"], job["teacher"]),  # torchvision's names
                 batch=job["batch"],
                 workers=job["workers"],
                 pin=job["device"] != "cpu",
