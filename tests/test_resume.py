@@ -309,6 +309,16 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, data: Images) -> None:
             hs.train(experiment(data), run.path, resume=True)
 
 
+def test_a_checkpoint_of_other_parts_is_named(tmp_path: Path, data: Images) -> None:
+    run = hs.train(experiment(data), tmp_path / "run", keep_checkpoint=True)
+    undone(run.path)
+    saved = torch.load(run.path / "checkpoint.pt", weights_only=True)
+    saved["learner"]["objective.seen"] = torch.zeros(())
+    torch.save(saved, run.path / "checkpoint.pt")
+    with pytest.raises(BadInput, match=r"checkpoint.pt is of another version of Histill; remove it to start again"):
+        hs.train(experiment(data), run.path, resume=True)
+
+
 def slow(root: Path) -> None:
     made = everything(table(root / "data"), root / "cache", student=partial(DSNet, image_size=18), epochs=10_000)
     hs.train(made, root / "run")

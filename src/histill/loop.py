@@ -157,7 +157,10 @@ def _train(
         check_same(before, info, out)
         info |= {name: before.get(name) for name in ("started", "command")}
         if saved := _load(checkpoint, fabric.device):
-            learner.load_state_dict(saved["learner"])
+            try:
+                learner.load_state_dict(saved["learner"])
+            except RuntimeError:
+                raise BadInput(f"{checkpoint} is of another version of Histill; remove it to start again") from None
             optimizer.load_state_dict(saved["optimizer"])
             fabric._precision.load_state_dict(saved["precision"])
             state, best = State(**saved["state"]), saved["best"]
