@@ -53,8 +53,11 @@ def test_tables_share_their_rows_and_stand_beside_the_papers(tmp_path: Path) -> 
     page = (out / "report.html").read_text()
     assert "label smoothing ends at 0.74" in page
     held = runs["alone"].info["data"]["images"]
-    assert f"images {held['train']} of train, {held['val']} of val, {held['test']} of test; " in page
-    assert f"Weights kept: {runs['alone'].info['selection']['rule']}." in page
+    assert (
+        f"{held['train']} images of training, {held['val']} images of validation, {held['test']} images of test ("
+        in page
+    )
+    assert f"Weights kept: {runs['alone'].info['selection']['rule'].replace('_', ' ')}." in page
     by_class = text.split("Table 6")[1].split("One class against")[0]
     assert "malignant" in by_class
     assert "benign" not in by_class

@@ -88,10 +88,11 @@ class Study:
         infos = [run.info for runs in self.runs.values() for run in runs]
         for data in (info["data"] for info in infos if info["data"]["images"].get("test")):
             held = data["images"]
-            count = ", ".join(f"{held[split]:,} of {split}" for split in SPLITS if held.get(split))
+            words = dict(zip(SPLITS, ("training", "validation", "test")))
+            count = ", ".join(f"{held[split]:,} images of {words[split]}" for split in SPLITS if held.get(split))
             people = f"{data['patients']:,} patients" if data.get("patients") else "no patients known"
             name = Path(data["root"]).name
-            lines.setdefault(name, f"{name}, first split: images {count}; {people}.")
+            lines.setdefault(name, f"{count} (of {name}, first split); {people}.")
         rules = sorted({info["selection"]["rule"] for info in infos if info.get("selection", {}).get("rule")})
         if not lines:
             return []
@@ -100,7 +101,10 @@ class Study:
             f"several; here {len(self.seeds)}."
         )
         return [
-            Text([*lines.values(), made, *(f"Weights kept: {rule}." for rule in rules)], "Images, seeds, selection")
+            Text(
+                [*lines.values(), made, *(f"Weights kept: {rule.replace('_', ' ')}." for rule in rules)],
+                "Images, seeds, selection",
+            )
         ]
 
 
